@@ -1,0 +1,314 @@
+"""`ConversationContext`: the documented operations, awaitable.
+
+A thread-pool adapter over the blocking storages. Calls made in one pass of the event loop are handed to the storage's
+dispatcher together; its worker threads carry out all that waits as one group (one pipeline, one flush), and the
+outcomes come back to the loop together. A context belongs to no event loop: it works across threads and across many
+`asyncio.run` calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from . import calls
+from .calls import Calls, Each, Emit, Emits, InOrder, Sleep, Step
+from .errors import StateError, StateOutcomeUnknownError
+from .operations import Commit, Outcome, Query
+from .state import Message
+from .storage.base import StateStorage
+from .storage.dispatch import Dispatcher, Job, Outcomes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_ONE_OPERATION = (Commit, Query)
+Call = Callable[Concatenate["ConversationContext", P], R]
+
+
+def _awaitable(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P, Coroutine[Any, Any, R]]:
+    async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._run(call(self, *args, **kwargs))
+
+    return calls.describe(method, call, "{}")
+
+
+def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits], items: type[R]) -> Call[P, AsyncIterator[R]]:
+    async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
+        steps = call(self, *args, **kwargs)
+        outcome: Any = None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration:
+                return
+            if isinstance(step, Emit):
+                for item in step.items:
+                    yield item
+                outcome = None
+            else:
+                outcome = await self._perform(step)
+
+    return calls.describe(method, call, f"AsyncIterator[{items.__name__}]")
+
+
+class ConversationContext(calls.Caller):
+    """Conversations, for asyncio: every operation is awaited, and the event loop is never blocked.
+
+    `storage` defaults to memory. With `user_id` the context is bound to that user: it owns what it creates, lists and
+    cleans only its own, and raises StateAccessError on any context that is not that user's. Usable from any number of
+    event loops and threads; an async context manager, which closes the storage.
+
+    Cancelling an `await`: an operation that has not begun is taken back; one that is being carried out is waited for,
+    at most until its deadline, and then CancelledError is raised (from a StateOutcomeUnknownError if its outcome is
+    not known).
+    """
+
+    get_or_create = _awaitable(calls.get_or_create)
+    get_state = _awaitable(calls.get_state)
+    exists = _awaitable(calls.exists)
+    update_state = _awaitable(calls.update_state)
+    clear_context = _awaitable(calls.clear_context)
+    fork_context = _awaitable(calls.fork_context)
+    cleanup_old_contexts = _awaitable(calls.cleanup_old_contexts)
+    list_contexts = _iterating(calls.list_contexts, str)
+
+    add_to_history = _awaitable(calls.add_to_history)
+    extend_history = _awaitable(calls.extend_history)
+    get_history = _awaitable(calls.get_history)
+    iter_history = _iterating(calls.iter_history, Message)
+    count_history = _awaitable(calls.count_history)
+    trim_history = _awaitable(calls.trim_history)
+    pop_history = _awaitable(calls.pop_history)
+    clear_history = _awaitable(calls.clear_history)
+
+    get_variable = _awaitable(calls.get_variable)
+    get_variables = _awaitable(calls.get_variables)
+    set_variable = _awaitable(calls.set_variable)
+    set_variables = _awaitable(calls.set_variables)
+    delete_variable = _awaitable(calls.delete_variable)
+    increment_variable = _awaitable(calls.increment_variable)
+    update_variable = _awaitable(calls.update_variable)
+
+    get_metadata = _awaitable(calls.get_metadata)
+    get_all_metadata = _awaitable(calls.get_all_metadata)
+    set_metadata = _awaitable(calls.set_metadata)
+    delete_metadata = _awaitable(calls.delete_metadata)
+
+    def batch(self, context_id: str, *, commit_id: str | None = None) -> AsyncBatch:
+        """Collect writes in an ``async with`` block and commit them as one at its end; an exception inside commits
+        nothing."""
+        return AsyncBatch(self, context_id, commit_id)
+
+    def turn(
+        self, context_id: str, *, lease: float = 30.0, timeout: float | None = None, commit_id: str | None = None
+    ) -> AsyncTurn:
+        """A batch that holds the conversation's lease: one turn at a time across tasks, processes and machines.
+
+        `lease`: seconds until a holder that died loses it (it is renewed while held). `timeout`: seconds to wait for
+        it, `lease` + 10 by default; then StateTimeoutError. Inside, every write through this context object to this
+        conversation carries the fence: TurnLostError, and nothing changed, if the lease was lost.
+        """
+        return AsyncTurn(self, context_id, lease, timeout, commit_id)
+
+    async def aclose(self) -> None:
+        """Close the storage, after what is under way. Closing twice is fine."""
+        if self.storage.waits:
+            await asyncio.to_thread(self.storage.close)
+        else:
+            self.storage.close()
+
+    def close(self) -> None:
+        """`aclose` for callers that may block."""
+        self.storage.close()
+
+    async def __aenter__(self) -> ConversationContext:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def _run(self, steps: Calls[R]) -> R:
+        """Run a call to its end."""
+        storage = self.storage
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    # The first branch is for speed alone: nearly all steps are one operation.
+                    if isinstance(step, _ONE_OPERATION):
+                        outcome: Any = _raised((await _carry_out(storage, (step,)))[0])
+                    else:
+                        outcome = await self._perform(step)
+                except StateError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+
+    async def _perform(self, step: Step) -> Any:
+        """Carry out one step and return its outcome, or raise its error."""
+        if isinstance(step, Sleep):
+            return await asyncio.sleep(step.seconds)
+        if isinstance(step, Each):
+            return await asyncio.gather(*map(self._outcome, step.operations), return_exceptions=True)
+        if isinstance(step, InOrder):
+            return [_raised(outcome) for outcome in await _carry_out(self.storage, step.operations)]
+        return await self._outcome(step)
+
+    async def _outcome(self, operation: Any) -> Outcome:
+        return _raised((await _carry_out(self.storage, (operation,)))[0])
+
+
+class AsyncBatch(calls.Batch):
+    """Writes that are committed as one at the end of an ``async with`` block. Its methods are plain calls."""
+
+    _caller: ConversationContext
+
+    async def __aenter__(self) -> AsyncBatch:
+        self._enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._caller._run(self._finish(error is not None))
+
+
+class AsyncTurn(calls.Turn):
+    """A batch that holds the conversation's lease during its ``async with`` block. Its methods are plain calls."""
+
+    _caller: ConversationContext
+
+    async def __aenter__(self) -> AsyncTurn:
+        await self._caller._run(self._take())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._caller._run(self._end(error is not None))
+
+
+def _raised(outcome: Outcome | StateError) -> Outcome:
+    if isinstance(outcome, StateError):
+        raise outcome
+    return outcome
+
+
+# --- between an event loop and the dispatchers ----------------------------------------------------------------------
+
+
+class _Wait(Job):
+    """A job that a task of an event loop waits for."""
+
+    __slots__ = ("finished", "future", "port")
+
+    def __init__(self, operations: tuple[Any, ...], port: _Port, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(operations)
+        self.port = port
+        self.finished = False
+        self.future: asyncio.Future[None] = loop.create_future()
+
+    def done(self) -> None:
+        self.port.deliver(self)
+
+    def end(self) -> None:
+        """Called by the event loop, as everything else here."""
+        self.finished = True
+        if not self.future.done():
+            self.future.set_result(None)
+
+    async def outlast(self, loop: asyncio.AbstractEventLoop) -> Outcomes:
+        """Wait on, however often this task is cancelled. The deadlines of the operations bound the wait."""
+        while not self.finished:
+            self.future = loop.create_future()
+            try:
+                await self.future
+            except asyncio.CancelledError:
+                continue
+        return self.outcomes
+
+
+class _Port:
+    """One event loop's two mailboxes: jobs on their way to the dispatchers, and finished ones on their way back."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._outbox: list[tuple[Dispatcher, Job]] = []
+        self._inbox: deque[_Wait] = deque()
+        self._woken = False
+
+    def send(self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, job: Job) -> None:
+        """Hand a job over at the end of this pass of the loop, together with all others of the pass."""
+        if not self._outbox:
+            loop.call_soon(self._send_all)
+        self._outbox.append((dispatcher, job))
+
+    def take_back(self, job: Job) -> bool:
+        """Remove a job that was not handed over yet."""
+        for index, (_, waiting) in enumerate(self._outbox):
+            if waiting is job:
+                del self._outbox[index]
+                return True
+        return False
+
+    def _send_all(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        by_dispatcher: dict[Dispatcher, list[Job]] = {}
+        for dispatcher, job in outbox:
+            by_dispatcher.setdefault(dispatcher, []).append(job)
+        for dispatcher, jobs in by_dispatcher.items():
+            dispatcher.submit_jobs(jobs)
+
+    def deliver(self, job: _Wait) -> None:
+        """Called by worker threads. Wakes the loop once for all jobs that finish while it is busy."""
+        # No lock: the box is emptied after `_woken` is taken down, so a job that was put in before is seen, and one
+        # that is put in after wakes the loop again (at worst once too often).
+        self._inbox.append(job)
+        if self._woken:
+            return
+        self._woken = True
+        loop = self._loop()
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(self._open_inbox)
+
+    def _open_inbox(self) -> None:
+        self._woken = False
+        inbox = self._inbox
+        while inbox:
+            inbox.popleft().end()
+
+
+_ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
+
+
+async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outcomes:
+    """Carry out operations on one context, in order."""
+    if not storage.waits:
+        outcomes: Outcomes = []
+        storage.execute(operations, lambda _, outcome: outcomes.append(outcome))
+        return outcomes
+    loop = asyncio.get_running_loop()
+    port = _ports.get(loop)
+    if port is None:
+        port = _ports[loop] = _Port(loop)
+    job = _Wait(operations, port, loop)
+    dispatcher = storage.dispatcher
+    port.send(loop, dispatcher, job)
+    try:
+        await job.future
+    except asyncio.CancelledError as cancelled:
+        if not port.take_back(job) and not dispatcher.withdraw(job):
+            for outcome in await job.outlast(loop):
+                if isinstance(outcome, StateOutcomeUnknownError):
+                    raise cancelled from outcome
+        raise
+    return job.outcomes

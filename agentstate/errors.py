@@ -1,0 +1,122 @@
+"""The exceptions of agentstate.
+
+    StateError
+    ├── StateConfigError(ValueError)             an option or the configuration file is wrong
+    ├── InvalidContextIdError(ValueError)        this can never be the id of a context
+    ├── StateSerializationError(TypeError)       the value is not JSON; nothing was changed
+    ├── StateUnavailableError(ConnectionError)   the store cannot be reached; not done
+    │   └── StateOutcomeUnknownError             sent, but never answered: it may have happened
+    ├── StateTimeoutError(TimeoutError)          waited for a lock, a lease or a turn; not done
+    ├── StateCorruptedError                      what is stored cannot be understood; left as it is
+    ├── ContextNotFoundError(LookupError)        the context that is needed does not exist
+    ├── StateConflictError                       the state is not what the call requires; refused
+    │   └── TurnLostError                        the turn's lease expired before its commit
+    └── StateAccessError(PermissionError)        the context belongs to another user; refused
+
+Every call that raises says which of three holds: *not done* (unavailable, timeout), *refused* (all the others), or
+*outcome unknown* (`StateOutcomeUnknownError`, whose `commit_id` makes a retry safe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class StateError(Exception):
+    """Base of all errors of agentstate.
+
+    `context_id` is the conversation that the failed call was about, or None where there is none.
+    """
+
+    def __init__(self, message: str, *, context_id: str | None = None) -> None:
+        super().__init__(message)
+        self.context_id = context_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword-only attributes are not in `args`, so the default reduction would lose them on unpickling.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+    def __str__(self) -> str:
+        # KeyError and OSError format their arguments in ways of their own; ours are plain sentences.
+        return str(self.args[0]) if self.args else ""
+
+
+def _rebuild(cls: type[StateError], args: tuple[Any, ...], attributes: dict[str, Any]) -> StateError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+class StateConfigError(StateError, ValueError):
+    """An option or the configuration file is wrong. The message names the option and what to write instead.
+
+    `problems` lists everything that is wrong with a configuration file, each with file and line; it is empty where
+    the message is the whole story.
+    """
+
+    def __init__(self, message: str, *, context_id: str | None = None, problems: Sequence[str] = ()) -> None:
+        super().__init__(message, context_id=context_id)
+        self.problems = tuple(problems)
+
+
+class InvalidContextIdError(StateError, ValueError):
+    """The string can never be a context id: empty, over 1,024 bytes of UTF-8, or with a NUL or a lone surrogate."""
+
+
+class StateSerializationError(StateError, TypeError):
+    """A value cannot be stored as JSON without changing it. Nothing was changed.
+
+    `path` says where in the value the culprit is, for example ``preferences.theme[3]``.
+    """
+
+    def __init__(self, message: str, *, context_id: str | None = None, path: str = "") -> None:
+        super().__init__(message, context_id=context_id)
+        self.path = path
+
+    def within(self, path: str) -> StateSerializationError:
+        """The same error, of a value that is itself at `path` of a larger one."""
+        reason = str(self).removeprefix(f"{self.path}: ")
+        inside = f"{path}.{self.path}"
+        return StateSerializationError(f"{inside}: {reason}", context_id=self.context_id, path=inside)
+
+
+class StateUnavailableError(StateError, ConnectionError):
+    """The store cannot be reached or cannot be used. The call was *not done*."""
+
+
+class StateOutcomeUnknownError(StateUnavailableError):
+    """The store stopped answering after the change was handed to it: it may or may not have happened.
+
+    Make the same call again with ``commit_id=error.commit_id``: it is applied at most once, and answers as the first
+    time.
+    """
+
+    def __init__(self, message: str, *, context_id: str | None = None, commit_id: str | None = None) -> None:
+        super().__init__(message, context_id=context_id)
+        self.commit_id = commit_id
+
+
+class StateTimeoutError(StateError, TimeoutError):
+    """Waited in vain for a lock, a lease or a place in the queue. The call was *not done*."""
+
+
+class StateCorruptedError(StateError):
+    """What is stored cannot be understood. It was left as it is, and nothing is written over it."""
+
+
+class ContextNotFoundError(StateError, LookupError):
+    """The context that the call needs does not exist. The store was read, and there was nothing."""
+
+
+class StateConflictError(StateError):
+    """The stored state is not what the call requires. Nothing was changed."""
+
+
+class TurnLostError(StateConflictError):
+    """The lease of this turn expired, and another turn may have begun. Nothing was changed."""
+
+
+class StateAccessError(StateError, PermissionError):
+    """The context belongs to another user, or to nobody while the caller is bound to one. Nothing was changed."""

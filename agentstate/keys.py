@@ -1,0 +1,124 @@
+"""Context ids, and what they are called in a directory and in Valkey."""
+
+from __future__ import annotations
+
+import re
+from hashlib import sha256
+from typing import Any, Final, NamedTuple
+
+from .errors import InvalidContextIdError, StateConfigError
+
+MAX_CONTEXT_ID_BYTES: Final = 1024
+
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # Windows opens devices under these names
+_HASHED_NAME = re.compile(r".*~[0-9a-f]{32}")
+_NOT_SLUG = re.compile(r"[^a-z0-9._-]+")
+_UNSAFE_IN_DOCUMENT_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_ESCAPED_IN_KEY = re.compile(r"[{}]|%(?=7B|7D|25)")
+_ESCAPES_IN_KEY = {"{": "%7B", "}": "%7D", "%": "%25"}
+_ESCAPE_IN_KEY = re.compile("%(7B|7D|25)")
+
+
+def check_context_id(context_id: Any) -> str:
+    """`context_id`, if it can be one: 1 to 1,024 bytes of UTF-8 without NUL. Raises InvalidContextIdError."""
+    if not isinstance(context_id, str):
+        raise InvalidContextIdError(f"a context id is text, not {type(context_id).__name__}")
+    if not context_id:
+        raise InvalidContextIdError("a context id must not be empty")
+    if "\0" in context_id:
+        raise InvalidContextIdError(f"the context id {context_id[:40]!r} contains a NUL character")
+    try:
+        size = len(context_id) if context_id.isascii() else len(context_id.encode())
+    except UnicodeEncodeError:
+        raise InvalidContextIdError(f"the context id {context_id[:40]!a} is not valid Unicode") from None
+    if size > MAX_CONTEXT_ID_BYTES:
+        raise InvalidContextIdError(
+            f"the context id {context_id[:40]!r}... has {size:,} bytes of UTF-8; {MAX_CONTEXT_ID_BYTES:,} are allowed"
+        )
+    return context_id
+
+
+def check_user_id(user_id: Any) -> str:
+    """`user_id`, if it can be the owner of a context: text, not empty. Raises StateConfigError."""
+    if not isinstance(user_id, str) or not user_id or "\0" in user_id:
+        raise StateConfigError(f"a user id is text that is not empty, not {user_id!r}")
+    try:
+        user_id.encode()
+    except UnicodeEncodeError:
+        raise StateConfigError(f"the user id {user_id!a} is not valid Unicode") from None
+    return user_id
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def file_stem(context_id: str) -> str:
+    """The name, without suffix, of a context's log file; distinct ids get distinct names on every file system."""
+    if _PLAIN_NAME.fullmatch(context_id) and not _DEVICE_NAME.fullmatch(context_id):
+        return context_id
+    return _hashed(context_id)
+
+
+def document_stem(context_id: str) -> str:
+    """The name, without suffix, of a context's JSON document: AgentUp's (the id itself) where that is safe."""
+    hidden_or_padded = context_id[0] in ". " or context_id[-1] in ". "
+    if (
+        hidden_or_padded
+        or len(context_id.encode()) > 200
+        or _UNSAFE_IN_DOCUMENT_NAME.search(context_id)
+        or _DEVICE_NAME.fullmatch(context_id.lower())
+        or _HASHED_NAME.fullmatch(context_id)
+    ):
+        return _hashed(context_id)
+    return context_id
+
+
+def _hashed(context_id: str) -> str:
+    slug = _NOT_SLUG.sub("-", context_id.lower())[:40].strip(".-") or "id"
+    return f"{slug}~{sha256(context_id.encode()).hexdigest()[:32]}"
+
+
+# --- Valkey ---------------------------------------------------------------------------------------------------------
+
+
+class Keys(NamedTuple):
+    """The keys of one context, all in one cluster slot."""
+
+    state: str  # hash (or AgentUp's string): the truth
+    history: str  # list of messages
+    commits: str  # sorted set of remembered commit ids
+    lease: str  # string: token of the turn
+
+
+class KeySpace:
+    """The keys under one prefix.
+
+    A prefix with a hash tag of its own (``{agents}:state:``) puts all its contexts into one slot; other braces in a
+    prefix would tear a context's keys apart and are a StateConfigError.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        outside = re.sub(r"\{[^{}]+\}", "", prefix, count=1)
+        if not prefix or "\0" in prefix or "{" in outside or "}" in outside:
+            raise StateConfigError(
+                f"key_prefix {prefix!r} is empty, or holds braces that are not one hash tag like '{{agents}}:state:'"
+            )
+        self.prefix = prefix
+        self._tagged = outside != prefix
+
+    def keys(self, context_id: str) -> Keys:
+        key = self.prefix + _ESCAPED_IN_KEY.sub(lambda match: _ESCAPES_IN_KEY[match[0]], context_id)
+        # Ids have their braces escaped, so neither form can be the state key of any context.
+        if self._tagged:
+            return Keys(key, key + "{history}", key + "{commits}", key + "{lease}")
+        tagged = "{" + key + "}:"
+        return Keys(key, tagged + "history", tagged + "commits", tagged + "lease")
+
+    def context_id(self, key: str) -> str:
+        """The id whose state key `key` would be (its inverse for every key that `keys` gives)."""
+        return _ESCAPE_IN_KEY.sub(lambda match: chr(int(match[1], 16)), key[len(self.prefix) :])
+
+    def pattern(self) -> str:
+        """The glob pattern for SCAN of all state keys."""
+        return re.sub(r"([*?\[\]\\])", r"\\\1", self.prefix) + "*"

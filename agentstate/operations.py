@@ -1,0 +1,256 @@
+"""All that can be asked of a context, as data.
+
+A documented call compiles to one or a few of these small immutable values, and a storage's `execute` carries them
+out. Values, messages and metadata are opaque here: each is the UTF-8 JSON text (`bytes`) that `agentstate.codec`
+made, so a storage never needs to parse what a user stored. Times are whole microseconds since 1970 (UTC); durations
+are seconds; `deadline` is a reading of `time.monotonic()` after which no attempt may start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+NEVER: Final = float("inf")
+
+
+Answer: TypeAlias = bytes
+"""JSON text of a change's answer; ``b""`` where there is none."""
+
+
+class Space(Enum):
+    """The two key-value spaces of a context."""
+
+    VARIABLES = "variables"
+    METADATA = "metadata"
+
+
+# --- changes: the parts of a Commit, applied in order ---------------------------------------------------------------
+
+
+class Create(NamedTuple):
+    """Make the context exist. Claims an ownerless one for `user_id`; another owner is a `StateAccessError`.
+
+    On an existing context that needs no claim it changes nothing at all, neither `updated_at` nor revision.
+    """
+
+    user_id: str | None = None
+
+
+class Restore(NamedTuple):
+    """Make an absent context exist with the past of another one (fork, import). First change of its commit.
+
+    `start` becomes `history_start`. `created`, `updated` and `revision` are set as given; None means now, now and 1.
+    """
+
+    user_id: str | None
+    start: int = 0
+    created: int | None = None
+    updated: int | None = None
+    revision: int | None = None
+
+
+class Own(NamedTuple):
+    """Set the owner, whoever owned it before (`update_state(user_id=...)`)."""
+
+    user_id: str | None
+
+
+class Append(NamedTuple):
+    """Append messages to the history. At least one."""
+
+    messages: tuple[bytes, ...]
+
+
+class Put(NamedTuple):
+    """Set keys of a space. With `replace`, all keys that are not named are removed."""
+
+    space: Space
+    items: tuple[tuple[str, bytes], ...]
+    replace: bool = False
+
+
+class Drop(NamedTuple):
+    """Remove one key of a space. Answers true if it was there. Creates no context."""
+
+    space: Space
+    key: str
+
+
+class Increment(NamedTuple):
+    """Add the JSON number `by` to a variable, with Python's arithmetic; absent counts as 0. Answers the new value.
+
+    A variable that is no number is a `StateConflictError`.
+    """
+
+    key: str
+    by: bytes
+
+
+class Trim(NamedTuple):
+    """Keep only the last `keep` messages: raises `history_start`. Creates no context."""
+
+    keep: int
+
+
+class Pop(NamedTuple):
+    """Remove the last `n` messages. Answers them, oldest first, as a JSON list. Creates no context."""
+
+    n: int
+
+
+class Delete(NamedTuple):
+    """Remove the context with all it holds; remembered commit ids outlive it. Answers true if it existed."""
+
+
+Change: TypeAlias = Create | Restore | Own | Append | Put | Drop | Increment | Trim | Pop | Delete
+
+CREATING: Final = (Create, Restore, Own, Append, Put, Increment)
+"""The changes that make an absent context exist. A commit of only other changes leaves it absent."""
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+class Commit(NamedTuple):
+    """One atomic change to one context. Outcome: the `Answer` of the last change that has one, else `answer`.
+
+    Checked in this order, all in the same atomic step as the change: a remembered `commit_id` (the first outcome is
+    answered again), the owner, the fence, `absent`, `idle_for`, `expect`, and then what each change requires.
+    A commit takes effect whole or raises and changes nothing.
+    """
+
+    context_id: str
+    changes: tuple[Change, ...]
+    commit_id: str
+    user: str | None = None  # the caller is bound to this user: another owner, or none, is refused
+    fence: str | None = None  # the token of the turn; another or no current lease is a TurnLostError
+    absent: bool = False  # an existing context is a StateConflictError
+    idle_for: float | None = None  # seconds; a context updated more recently is left alone: answers false
+    expect: tuple[str, bytes | None] | None = None  # this variable has this value (None: is absent), else CHANGED
+    answer: Answer = b""  # what a commit without an answering change answers, now and when its id comes again
+    deadline: float = NEVER
+
+
+class Window(NamedTuple):
+    """Which messages: those at positions `first` <= p < `before`.
+
+    Of these at most `limit`: the first ones where `first` is given, the last ones otherwise.
+    """
+
+    limit: int | None = None
+    before: int | None = None
+    first: int | None = None
+
+
+class Query(NamedTuple):
+    """What to read of one context, in one consistent view. Outcome: `Snapshot`, or None where it does not exist.
+
+    `variables` and `metadata`: the keys to read, or None for all of them; `history` None for none.
+    """
+
+    context_id: str
+    variables: tuple[str, ...] | None = ()
+    metadata: tuple[str, ...] | None = ()
+    history: Window | None = None
+    user: str | None = None
+    deadline: float = NEVER
+
+
+class Lease(NamedTuple):
+    """Take, renew or give back the lease of a context's turn. Outcome: True if `token` holds it (held it) now.
+
+    ``take`` succeeds where nobody holds it, or `token` does. The lease is not state: it creates no context and
+    touches neither `updated_at`, ttl nor revision.
+    """
+
+    context_id: str
+    action: Literal["take", "renew", "release"]
+    token: str
+    seconds: float
+    user: str | None = None
+    deadline: float = NEVER
+
+
+class Listing(NamedTuple):
+    """A page of about `size` ids of existing contexts. Outcome: `Page`. No order.
+
+    A context that exists all along is seen.
+    `user`: only contexts of that owner. `idle_for`: only those not updated for so many seconds (and expired ones that
+    still take up room).
+    """
+
+    cursor: str = ""
+    size: int = 500
+    user: str | None = None
+    idle_for: float | None = None
+    deadline: float = NEVER
+
+
+Operation: TypeAlias = Commit | Query | Lease | Listing
+
+
+# --- outcomes -------------------------------------------------------------------------------------------------------
+
+ALREADY_APPLIED: Final[Answer] = b"!"
+"""Stands for a remembered commit's answer that was too large to keep."""
+
+
+CHANGED: Final[Answer] = b"?"
+"""Answered by a commit whose `expect` was not met: nothing was changed, and its id is not remembered."""
+
+
+class Snapshot(NamedTuple):
+    """What a `Query` read. `messages` are those at positions `first`, `first` + 1, ...; the history is
+    [`start`, `end`)."""
+
+    user_id: str | None
+    created: int
+    updated: int
+    revision: int
+    start: int
+    end: int
+    variables: dict[str, bytes]
+    metadata: dict[str, bytes]
+    first: int
+    messages: Sequence[bytes]
+
+
+class Page(NamedTuple):
+    """A page of a listing. `cursor` asks for the next one; None at the end."""
+
+    context_ids: tuple[str, ...]
+    cursor: str | None
+
+
+Outcome: TypeAlias = Answer | Snapshot | Page | bool | None
+
+
+# --- rules that every backend shares --------------------------------------------------------------------------------
+
+REMEMBERED_COMMITS: Final = 64
+"""A context remembers at least its last so many commit ids."""
+
+REMEMBER_CLEARED: Final = 600.0
+"""Seconds for which the commit ids of a cleared context are kept."""
+
+LARGEST_KEPT_ANSWER: Final = 4096
+"""Bytes; a larger answer is remembered as `ALREADY_APPLIED`."""
+
+
+def kept_answer(answer: Answer) -> Answer:
+    """What is remembered of an answer."""
+    return answer if len(answer) <= LARGEST_KEPT_ANSWER else ALREADY_APPLIED
+
+
+def visible(window: Window, start: int, end: int) -> tuple[int, int]:
+    """The positions [first, stop) that a window shows of a history [start, end)."""
+    stop = end if window.before is None else max(start, min(window.before, end))
+    first = start if window.first is None else max(start, min(window.first, stop))
+    if window.limit is not None:
+        if window.first is None:
+            first = max(first, stop - window.limit)
+        else:
+            stop = min(stop, first + window.limit)
+    return first, stop

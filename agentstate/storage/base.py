@@ -1,0 +1,153 @@
+"""The contract of a storage backend."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Any, ClassVar, Final, TypeAlias
+
+from ..codec import MAX_VALUE_BYTES
+from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
+from ..operations import Operation, Outcome
+from .dispatch import Dispatcher
+from .renewal import forget_after_fork
+
+Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
+"""Called by `execute` with the index of an operation and its outcome, or the error of the one that failed."""
+
+_dispatcher_lock = threading.Lock()
+_alive: Final[weakref.WeakSet[StateStorage]] = weakref.WeakSet()
+
+
+class StateStorage(ABC):
+    """Keeps contexts, each a history, variables and metadata.
+
+    A backend implements `execute` and `close`. (With only "read a document, replace a document, list them" at hand,
+    derive from `agentstate.storage.document.DocumentStorage` instead.) `agentstate.testing.StorageContract` tells
+    whether it keeps its promises.
+
+    Options of every backend:
+
+    - `ttl`: seconds after its last write until a context expires; None keeps it forever
+    - `max_history`: a context keeps only its last so many messages; None keeps all
+    - `max_value_bytes`: the largest variable, metadata value or message, as JSON
+    - `deadline`: seconds a call may take, lock waits and retries included; after it no attempt starts
+
+    Raises StateConfigError for an option that makes no sense.
+    """
+
+    waits: ClassVar[bool] = True
+    """Whether `execute` may wait for something (disk, network, locks). One that never does is called on the event
+    loop's own thread."""
+
+    groups: ClassVar[int] = 4
+    """How many calls of `execute` are useful at a time; what waits meanwhile is joined into the next one."""
+
+    def __init__(
+        self,
+        *,
+        ttl: float | None = None,
+        max_history: int | None = None,
+        max_value_bytes: int = MAX_VALUE_BYTES,
+        deadline: float = 5.0,
+    ) -> None:
+        self.ttl = None if ttl is None else positive_seconds("ttl", ttl)
+        self.max_history = None if max_history is None else positive_integer("max_history", max_history)
+        self.max_value_bytes = positive_integer("max_value_bytes", max_value_bytes)
+        self.deadline = positive_seconds("deadline", deadline)
+        self.closed = False
+        self._dispatcher: Dispatcher | None = None
+        _alive.add(self)
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The queue that joins waiting operations on this storage."""
+        dispatcher = self._dispatcher
+        if dispatcher is None:
+            with _dispatcher_lock:
+                dispatcher = self._dispatcher = self._dispatcher or Dispatcher(self)
+        return dispatcher
+
+    @abstractmethod
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        """Carry out `operations` and call `settle(index, outcome)` exactly once for each, as soon as it is known.
+
+        Operations on one context take effect in the order given; nothing is promised between contexts. A failed
+        operation fails alone: its outcome is a StateError, and nothing is raised for it. Blocking and thread-safe;
+        several calls may run at a time, but the caller sees to it that no two hold operations of one context.
+        An operation whose `deadline` has passed is not attempted (StateTimeoutError); lock waits and retries end there.
+        """
+
+    def close(self) -> None:
+        """Let go of files, connections and locks. What was acknowledged is stored. Closing twice is fine."""
+        self.closed = True
+
+    def call(self, operation: Operation) -> Outcome:
+        """Carry out one operation in this thread, and return its outcome or raise its error."""
+        outcomes: list[Outcome | StateError] = []
+        self.execute((operation,), lambda _, outcome: outcomes.append(outcome))
+        outcome = outcomes[0]
+        if isinstance(outcome, StateError):
+            raise outcome
+        return outcome
+
+    def check_open(self) -> None:
+        """Raise StateUnavailableError after `close`."""
+        if self.closed:
+            raise StateUnavailableError(f"this {type(self).__name__} is closed")
+
+    def _after_fork(self) -> None:  # noqa: B027 - nothing to forget is a fine answer
+        """In the child of a fork: forget sockets, lock handles and threads of the parent without touching them."""
+
+
+def check_deadline(operation: Operation) -> None:
+    """Raise StateTimeoutError where the operation may not be attempted any more."""
+    if time.monotonic() >= operation.deadline:
+        raise StateTimeoutError(
+            "the deadline passed before the operation was attempted; nothing was done",
+            context_id=getattr(operation, "context_id", None),
+        )
+
+
+def positive_seconds(option: str, value: Any) -> float:
+    """`value` as seconds. Raises StateConfigError unless it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
+        raise StateConfigError(f"{option} is a positive number of seconds, not {value!r}")
+    return value
+
+
+def positive_integer(option: str, value: Any) -> int:
+    """`value` as a count. Raises StateConfigError unless it is a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise StateConfigError(f"{option} is a positive whole number, not {value!r}")
+    return value
+
+
+def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
+    """`value`, if it is one of `allowed`. Raises StateConfigError otherwise."""
+    if value not in allowed:
+        raise StateConfigError(f"{option} is one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return str(value)
+
+
+def now_microseconds() -> int:
+    """This machine's clock: microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def _reset_all_after_fork() -> None:
+    global _dispatcher_lock
+    _dispatcher_lock = threading.Lock()
+    forget_after_fork()
+    for storage in list(_alive):
+        storage._dispatcher = None
+        storage._after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_reset_all_after_fork)

@@ -1,0 +1,280 @@
+"""Joins operations that wait together into one `execute`.
+
+A `Job` is a few operations on one context, carried out in order. Jobs of a context run one after the other, in the
+order in which they came; jobs of different contexts run together, as many as are waiting, up to a limit. While one
+group is being executed the next one gathers: so a pipeline fills up, and a flush serves many, exactly when there is
+much to do, and a lone call waits for nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
+from ..operations import Commit, Listing, Operation, Outcome
+
+if TYPE_CHECKING:
+    from .base import Settle, StateStorage
+
+Outcomes: TypeAlias = list[Outcome | StateError]
+Done: TypeAlias = Callable[[Outcomes], None]
+
+LARGEST_GROUP: Final = 512
+"""Operations; more would make the first of them wait for the last."""
+
+_PENDING: Final[Any] = object()
+"""Stands for an outcome that is not known yet (None is one: an absent context)."""
+
+IDLE_SECONDS: Final = 10.0
+"""A worker thread with nothing to do for so long ends."""
+
+
+class Job:
+    """Operations on one context, in order. `done` is called once, in some thread, when all have outcomes."""
+
+    __slots__ = ("key", "left", "operations", "outcomes")
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self.operations = operations
+        self.left = len(operations)
+        self.outcomes: Outcomes = [_PENDING] * self.left
+        self.key = _key(operations)
+
+    def done(self) -> None:
+        """Tell whoever waits for `outcomes`."""
+        raise NotImplementedError  # abstract
+
+
+class _CallBack(Job):
+    """A job that passes its outcomes to a function."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, operations: Sequence[Operation], function: Done) -> None:
+        super().__init__(operations)
+        self._function = function
+
+    def done(self) -> None:
+        self._function(self.outcomes)
+
+
+def _key(operations: Sequence[Operation]) -> str | int:
+    """What jobs must share to be carried out one after the other: the context.
+
+    A listing belongs to no context, and need not wait for another listing.
+    """
+    first = operations[0]
+    return id(first) if isinstance(first, Listing) else first.context_id
+
+
+class Dispatcher:
+    """The queue in front of one storage. Thread-safe; belongs to no event loop."""
+
+    def __init__(self, storage: StateStorage) -> None:
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._work_to_do = threading.Condition(self._lock)
+        self._drained = threading.Condition(self._lock)
+        self._waiting: dict[str | int, list[Job]] = {}  # jobs that no group has taken yet
+        self._ready: deque[str | int] = deque()  # keys with waiting jobs, none of which is in a group
+        self._busy: set[str | int] = set()  # keys with jobs in a group
+        self._groups = 0  # how many groups are being executed
+        self._workers = 0
+        self._idle = 0
+        self._draining = 0
+
+    def perform(self, operations: Sequence[Operation]) -> Outcomes:
+        """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
+        key = _key(operations)
+        with self._lock:
+            free = self._groups < self._storage.groups and key not in self._busy and key not in self._waiting
+            if free:
+                self._groups += 1
+                self._busy.add(key)
+        if not free:
+            return self._wait_for(operations)
+        outcomes: Outcomes = [_PENDING] * len(operations)
+        try:
+            self._execute(operations, outcomes, outcomes.__setitem__)
+        finally:
+            with self._lock:
+                self._free(key)
+                self._end_group()
+        return outcomes
+
+    def _wait_for(self, operations: Sequence[Operation]) -> Outcomes:
+        """Queue operations and wait until a worker has carried them out."""
+        finished = threading.Lock()
+        finished.acquire()
+        job = self.submit(operations, lambda _: finished.release())
+        try:
+            finished.acquire()
+        except BaseException:  # KeyboardInterrupt
+            self.withdraw(job)
+            raise
+        return job.outcomes
+
+    def submit(self, operations: Sequence[Operation], done: Done) -> Job:
+        """Queue operations on one context; `done` will be called from another thread."""
+        job = _CallBack(operations, done)
+        self.submit_jobs((job,))
+        return job
+
+    def submit_jobs(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs in this order."""
+        with self._lock:
+            for job in jobs:
+                self._enqueue(job)
+
+    def withdraw(self, job: Job) -> bool:
+        """Take a job out of the queue. False if it is being carried out already (or is done)."""
+        with self._lock:
+            jobs = self._waiting.get(job.key)
+            if jobs is None or job not in jobs:
+                return False
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[job.key]
+                if job.key in self._ready:
+                    self._ready.remove(job.key)
+            return True
+
+    def wait_until_empty(self, timeout: float) -> bool:
+        """Wait until nothing is queued or being carried out. False if that took longer than `timeout` seconds."""
+        with self._lock:
+            self._draining += 1
+            try:
+                return self._drained.wait_for(lambda: not self._waiting and not self._busy, timeout)
+            finally:
+                self._draining -= 1
+
+    # --- the following are called with the lock held ---
+
+    def _enqueue(self, job: Job) -> None:
+        jobs = self._waiting.get(job.key)
+        if jobs is not None:
+            jobs.append(job)
+            return
+        self._waiting[job.key] = [job]
+        if job.key not in self._busy:
+            self._ready.append(job.key)
+            self._wake_a_worker()
+
+    def _wake_a_worker(self) -> None:
+        if self._groups >= self._storage.groups:
+            return  # who finishes a group takes the next one
+        if self._idle:
+            self._work_to_do.notify()
+        elif self._workers < self._storage.groups:
+            self._workers += 1
+            threading.Thread(target=self._work, name="agentstate-worker", daemon=True).start()
+
+    def _take_group(self) -> list[Job]:
+        group: list[Job] = []
+        size = 0
+        while self._ready and size < LARGEST_GROUP:
+            key = self._ready.popleft()
+            jobs = self._waiting.pop(key)
+            self._busy.add(key)
+            group.extend(jobs)
+            size += sum(len(job.operations) for job in jobs)
+        self._groups += 1
+        return group
+
+    def _free(self, key: str | int) -> None:
+        self._busy.discard(key)
+        if key in self._waiting:
+            self._ready.append(key)
+            self._wake_a_worker()
+
+    def _end_group(self) -> None:
+        self._groups -= 1
+        if self._ready:
+            self._wake_a_worker()
+        elif self._draining and not self._busy:
+            self._drained.notify_all()
+
+    # --- the following are called without it ---
+
+    def _work(self) -> None:
+        """A worker thread: takes one group after the other."""
+        while True:
+            with self._lock:
+                while not self._ready or self._groups >= self._storage.groups:
+                    self._idle += 1
+                    woken = self._work_to_do.wait(IDLE_SECONDS)
+                    self._idle -= 1
+                    if not woken and not self._ready:
+                        self._workers -= 1
+                        return
+                group = self._take_group()
+            try:
+                self._carry_out(group)
+            finally:
+                with self._lock:
+                    self._end_group()
+
+    def _carry_out(self, group: list[Job]) -> None:
+        """Execute a group that was taken; finish its jobs, and free their keys, as their outcomes come."""
+        operations: list[Operation] = []
+        jobs: list[Job] = []  # of each operation
+        positions: list[int] = []  # of each operation, in its job
+        unfinished: dict[str | int, int] = {}
+        for job in group:
+            unfinished[job.key] = unfinished.get(job.key, 0) + 1
+            operations += job.operations
+            for position in range(len(job.operations)):
+                jobs.append(job)
+                positions.append(position)
+        outcomes: Outcomes = [_PENDING] * len(operations)
+
+        def settle(index: int, outcome: Outcome | StateError) -> None:
+            outcomes[index] = outcome
+            job = jobs[index]
+            job.outcomes[positions[index]] = outcome
+            job.left -= 1
+            if job.left:
+                return
+            left = unfinished[job.key] = unfinished[job.key] - 1
+            if not left:
+                with self._lock:
+                    self._free(job.key)
+            job.done()
+
+        self._execute(operations, outcomes, settle)
+
+    def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
+        """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
+        thread that was lent by its caller. `settle` puts what it is given into `outcomes`."""
+        failure: BaseException | None = None
+        try:
+            self._storage.execute(operations, settle)
+        except BaseException as error:
+            failure = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for index, outcome in enumerate(outcomes):
+                if outcome is _PENDING:
+                    failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
+                    settle(index, _abandoned(operations[index], failure))
+
+
+class _Unsettled(Exception):
+    """A backend returned from `execute` without having settled all operations."""
+
+
+def _abandoned(operation: Operation, failure: BaseException) -> StateError:
+    """The outcome of an operation that a backend dropped when it broke down."""
+    context_id = None if isinstance(operation, Listing) else operation.context_id
+    message = f"the storage broke down: {type(failure).__name__}: {failure}"
+    error: StateError
+    if isinstance(operation, Commit):
+        error = StateOutcomeUnknownError(message, context_id=context_id, commit_id=operation.commit_id)
+    else:
+        error = StateUnavailableError(message, context_id=context_id)
+    error.__cause__ = failure
+    return error

@@ -1,0 +1,90 @@
+"""Keeps the leases of running turns alive, from one thread per process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from ..errors import StateError
+from ..operations import Lease, Outcome
+
+if TYPE_CHECKING:
+    from .base import StateStorage
+
+
+class Renewal:
+    """The renewing of one lease, until it is stopped or lost."""
+
+    __slots__ = ("due", "lease", "storage")
+
+    def __init__(self, storage: StateStorage, lease: Lease) -> None:
+        self.storage = storage
+        self.lease = lease
+        self.due = time.monotonic() + lease.seconds / 3
+
+    def stop(self) -> None:
+        """Renew no more."""
+        _keeper.forget(self)
+
+    def renew(self) -> None:
+        # Three chances before the lease ends; a failed one is not made up for at once, lest a dead server be hammered.
+        now = time.monotonic()
+        self.due = now + self.lease.seconds / 3
+        lease = self.lease._replace(deadline=now + min(self.lease.seconds / 3, self.storage.deadline))
+        self.storage.dispatcher.submit((lease,), self._renewed)
+
+    def _renewed(self, outcomes: list[Outcome | StateError]) -> None:
+        if outcomes[0] is False:  # taken over: the commit of the turn will find out
+            self.stop()
+
+
+class _Keeper:
+    """One daemon thread that renews what is due; it ends when nothing is left to renew."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._renewals: set[Renewal] = set()
+        self._running = False
+
+    def keep(self, renewal: Renewal) -> None:
+        with self._condition:
+            self._renewals.add(renewal)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="agentstate-leases", daemon=True).start()
+            else:
+                self._condition.notify()
+
+    def forget(self, renewal: Renewal) -> None:
+        with self._condition:
+            self._renewals.discard(renewal)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                if not self._renewals:
+                    self._running = False
+                    return
+                now = time.monotonic()
+                due = [renewal for renewal in self._renewals if renewal.due <= now]
+                if not due:
+                    self._condition.wait(min(renewal.due for renewal in self._renewals) - now)
+            for renewal in due:
+                renewal.renew()
+
+
+_keeper = _Keeper()
+
+
+def keep_renewing(storage: StateStorage, lease: Lease) -> Renewal:
+    """Renew `lease` (a ``renew`` operation) three times per its seconds, until `stop`."""
+    renewal = Renewal(storage, lease)
+    _keeper.keep(renewal)
+    return renewal
+
+
+def forget_after_fork() -> None:
+    """In the child of a fork: its parent's turns are not its own."""
+    global _keeper
+    _keeper = _Keeper()
