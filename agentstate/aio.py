@@ -20,7 +20,6 @@ from . import calls
 from .calls import Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
-from .state import Message
 from .storage.base import StateStorage
 from .storage.dispatch import Dispatcher, Job, Outcomes
 
@@ -37,7 +36,7 @@ def _awaitable(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P
     return calls.describe(method, call, "{}")
 
 
-def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits], items: type[R]) -> Call[P, AsyncIterator[R]]:
+def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
         steps = call(self, *args, **kwargs)
         outcome: Any = None
@@ -53,7 +52,7 @@ def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits], items: type[
             else:
                 outcome = await self._perform(step)
 
-    return calls.describe(method, call, f"AsyncIterator[{items.__name__}]")
+    return calls.describe(method, call, "AsyncIterator[{}]")
 
 
 class ConversationContext(calls.Caller):
@@ -75,12 +74,12 @@ class ConversationContext(calls.Caller):
     clear_context = _awaitable(calls.clear_context)
     fork_context = _awaitable(calls.fork_context)
     cleanup_old_contexts = _awaitable(calls.cleanup_old_contexts)
-    list_contexts = _iterating(calls.list_contexts, str)
+    list_contexts = _iterating(calls.list_contexts)
 
     add_to_history = _awaitable(calls.add_to_history)
     extend_history = _awaitable(calls.extend_history)
     get_history = _awaitable(calls.get_history)
-    iter_history = _iterating(calls.iter_history, Message)
+    iter_history = _iterating(calls.iter_history)
     count_history = _awaitable(calls.count_history)
     trim_history = _awaitable(calls.trim_history)
     pop_history = _awaitable(calls.pop_history)

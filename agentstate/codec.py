@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime
 from math import isfinite
 from typing import Any, Final, TypeVar, cast
 
 from .errors import StateSerializationError
-from .state import parse_time
 
 T = TypeVar("T")
 
@@ -75,6 +73,8 @@ def decode_as(cls: type[T], value: Any) -> T:
     Times stored as ISO text become datetime and date where the fields say so. Raises TypeError where `cls` is no
     dataclass, and what dataclasses-json raises where the value does not fit.
     """
+    from dataclasses import is_dataclass
+
     if not is_dataclass(cls):
         raise TypeError(f"as_type must be a dataclass, not {cls!r}")
     from dataclasses_json import DataClassJsonMixin
@@ -152,6 +152,8 @@ def key(name: Any, what: str, context_id: str | None = None) -> str:
 def _time(given: Any, context_id: str | None) -> datetime:
     """A message's time, in UTC. One without an offset is taken to be in UTC already."""
     try:
+        from .state import parse_time  # the module brings dataclasses along, which a fresh message does without
+
         return parse_time(given.isoformat() if isinstance(given, datetime) else given)
     except (TypeError, ValueError):
         raise _refusal("timestamp", f"{given!r:.60} is no ISO 8601 text and no datetime", context_id) from None
@@ -245,9 +247,11 @@ def _converted(value: Any, depth: int) -> Any:
         return _plain_dict(dict(value), depth)
     if isinstance(value, datetime | date):
         return value.isoformat()
-    if is_dataclass(value) and not isinstance(value, type):
+    if hasattr(type(value), "__dataclass_fields__"):
+        from dataclasses import fields
+
         if hasattr(type(value), "dataclass_json_config"):  # the class says how its fields are called in JSON
-            return _plain_dict(cast(Any, value).to_dict(), depth)
+            return _plain_dict(value.to_dict(), depth)
         return _plain_dict({field.name: getattr(value, field.name) for field in fields(value)}, depth)
     hint = {
         "bytes": "; store base64 text instead",
@@ -288,6 +292,7 @@ def _with_times(annotation: Any, value: Any) -> Any:
 
     dataclasses-json reads numbers of seconds there, and passes datetime objects through.
     """
+    from dataclasses import is_dataclass
     from typing import get_args, get_origin, get_type_hints
 
     if annotation is datetime and isinstance(value, str):

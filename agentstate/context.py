@@ -15,7 +15,6 @@ from . import calls
 from .calls import Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .errors import StateError
 from .operations import Outcome
-from .state import Message
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +28,7 @@ def _blocking(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P,
     return calls.describe(method, call, "{}")
 
 
-def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits], items: type[R]) -> Call[P, Iterator[R]]:
+def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
         steps = call(self, *args, **kwargs)
         outcome: Any = None
@@ -44,7 +43,7 @@ def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits], items: type[
             else:
                 outcome = self._perform(step)
 
-    return calls.describe(method, call, f"Iterator[{items.__name__}]")
+    return calls.describe(method, call, "Iterator[{}]")
 
 
 class SyncConversationContext(calls.Caller):
@@ -62,12 +61,12 @@ class SyncConversationContext(calls.Caller):
     clear_context = _blocking(calls.clear_context)
     fork_context = _blocking(calls.fork_context)
     cleanup_old_contexts = _blocking(calls.cleanup_old_contexts)
-    list_contexts = _iterating(calls.list_contexts, str)
+    list_contexts = _iterating(calls.list_contexts)
 
     add_to_history = _blocking(calls.add_to_history)
     extend_history = _blocking(calls.extend_history)
     get_history = _blocking(calls.get_history)
-    iter_history = _iterating(calls.iter_history, Message)
+    iter_history = _iterating(calls.iter_history)
     count_history = _blocking(calls.count_history)
     trim_history = _blocking(calls.trim_history)
     pop_history = _blocking(calls.pop_history)

@@ -84,8 +84,15 @@ class StateStorage(ABC):
         """
 
     def close(self) -> None:
-        """Let go of files, connections and locks. What was acknowledged is stored. Closing twice is fine."""
-        self.closed = True
+        """Let go of files, connections and locks, after what is under way (at most a `deadline` long).
+
+        What was acknowledged is stored. Later calls are StateUnavailableError; closing twice is fine. A backend calls
+        this first, and then lets go of what is its own.
+        """
+        if not self.closed:
+            if self._dispatcher is not None:
+                self._dispatcher.wait_until_empty(self.deadline)
+            self.closed = True
 
     def call(self, operation: Operation) -> Outcome:
         """Carry out one operation in this thread, and return its outcome or raise its error."""
