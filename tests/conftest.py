@@ -1,0 +1,118 @@
+"""Fixtures: the real servers of `servers.py` and `tls.py`, shared by all tests that do not break them.
+
+With `AGENTSTATE_TEST_VALKEY_URL` set, `valkey_url` is that server and no other. Tests leave nothing behind there: all
+their keys begin with a prefix of this session, and nothing is ever flushed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import valkey
+from servers import (
+    VERSIONS,
+    ValkeyCluster,
+    ValkeySentinel,
+    ValkeyServer,
+    require_server,
+)
+from tls import CertificateAuthority, TlsProxy
+
+GIVEN_URL = os.environ.get("AGENTSTATE_TEST_VALKEY_URL")
+SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
+PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
+
+
+@pytest.fixture(scope="session")
+def valkey_9() -> Iterator[ValkeyServer]:
+    with ValkeyServer(require_server("9.1")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_8() -> Iterator[ValkeyServer]:
+    with ValkeyServer(require_server("8.1")) as server:
+        yield server
+
+
+def shared_server(request: pytest.FixtureRequest) -> ValkeyServer:
+    server: ValkeyServer = request.getfixturevalue({"9.1": "valkey_9", "8.1": "valkey_8"}[request.param])
+    return server
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def valkey_server(request: pytest.FixtureRequest) -> ValkeyServer:
+    """Each version in turn."""
+    return shared_server(request)
+
+
+@pytest.fixture(scope="session", params=["given"] if GIVEN_URL else VERSIONS)
+def valkey_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of each version in turn, or the one from the environment."""
+    if not GIVEN_URL:
+        yield shared_server(request).url
+        return
+    yield GIVEN_URL
+    with valkey.Valkey.from_url(GIVEN_URL) as client:
+        for key in client.scan_iter(match=f"*{SESSION_PREFIX}*", count=1000):
+            client.unlink(key)
+
+
+@pytest.fixture
+def key_prefix() -> str:
+    """A prefix for the keys of one test."""
+    return f"{SESSION_PREFIX}{secrets.token_hex(4)}:"
+
+
+@pytest.fixture
+def start_valkey() -> Iterator[Callable[..., ValkeyServer]]:
+    """Starts servers for one test, which may break them: `start_valkey("maxmemory 2mb", version="8.1")`."""
+    with ExitStack() as stack:
+
+        def start(*config: str, version: str = "9.1", password: str | None = None) -> ValkeyServer:
+            return stack.enter_context(ValkeyServer(require_server(version), *config, password=password))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def valkey_password() -> Iterator[ValkeyServer]:
+    """A server that answers only who knows `server.password`; `server.url` holds it."""
+    with ValkeyServer(require_server("9.1"), password=PASSWORD) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_unix_url(valkey_9: ValkeyServer) -> str:
+    return valkey_9.unix_url
+
+
+@pytest.fixture(scope="session")
+def valkey_sentinel() -> Iterator[ValkeySentinel]:
+    """For tests that do not fail over: those start a `ValkeySentinel` of their own."""
+    with ValkeySentinel(require_server("9.1")) as sentinel:
+        yield sentinel
+
+
+@pytest.fixture(scope="session")
+def valkey_cluster() -> Iterator[ValkeyCluster]:
+    with ValkeyCluster(require_server("9.1")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def certificate_authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
+    return CertificateAuthority(tmp_path_factory.mktemp("certificates"))
+
+
+# Ended with its module because of its thread: from Python 3.12 on, a fork beside threads is a warning, here an error.
+@pytest.fixture(scope="module")
+def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthority) -> Iterator[TlsProxy]:
+    """TLS for `localhost` and 127.0.0.1; a client trusts it by `valkey_tls.ca_file`."""
+    certificate = certificate_authority.issue("localhost", "127.0.0.1")
+    with TlsProxy(valkey_9, certificate, certificate_authority.ca_file) as proxy:
+        yield proxy
