@@ -38,7 +38,7 @@ def _awaitable(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P
 
 def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
-        steps = call(self, *args, **kwargs)
+        steps = calls.logged(call(self, *args, **kwargs))
         outcome: Any = None
         while True:
             try:
@@ -133,6 +133,7 @@ class ConversationContext(calls.Caller):
 
     async def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
+        steps = calls.logged(steps)
         storage = self.storage
         try:
             step = next(steps)
@@ -250,14 +251,6 @@ class _Port:
             loop.call_soon(self._send_all)
         self._outbox.append((dispatcher, job))
 
-    def take_back(self, job: Job) -> bool:
-        """Remove a job that was not handed over yet."""
-        for index, (_, waiting) in enumerate(self._outbox):
-            if waiting is job:
-                del self._outbox[index]
-                return True
-        return False
-
     def _send_all(self) -> None:
         outbox, self._outbox = self._outbox, []
         by_dispatcher: dict[Dispatcher, list[Job]] = {}
@@ -305,7 +298,8 @@ async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outc
     try:
         await job.future
     except asyncio.CancelledError as cancelled:
-        if not port.take_back(job) and not dispatcher.withdraw(job):
+        # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over.
+        if not dispatcher.withdraw(job):
             for outcome in await job.outlast(loop):
                 if isinstance(outcome, StateOutcomeUnknownError):
                     raise cancelled from outcome

@@ -57,6 +57,8 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
     except UnicodeEncodeError:
         path = name + _path_of_surrogate(plain)
         raise _refusal(path, "text with a lone surrogate is not valid Unicode", context_id) from None
+    except ValueError as error:  # the process set a lower limit for integers as text
+        raise _refusal(name, str(error), context_id) from None
     if len(text) > limit:
         raise _too_large(name, len(text), limit, context_id)
     return text

@@ -30,7 +30,7 @@ def _blocking(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P,
 
 def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        steps = call(self, *args, **kwargs)
+        steps = calls.logged(call(self, *args, **kwargs))
         outcome: Any = None
         while True:
             try:
@@ -112,6 +112,7 @@ class SyncConversationContext(calls.Caller):
 
     def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
+        steps = calls.logged(steps)
         try:
             step = next(steps)
             while True:

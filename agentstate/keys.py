@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Final, NamedTuple
 
@@ -11,9 +12,11 @@ MAX_CONTEXT_ID_BYTES: Final = 1024
 
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # Windows opens devices under these names
-_HASHED_NAME = re.compile(r".*~[0-9a-f]{32}")
+_HASHED_NAME = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
 _NOT_SLUG = re.compile(r"[^a-z0-9._-]+")
-_UNSAFE_IN_DOCUMENT_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_LONGEST_DOCUMENT_STEM = 255 - len(".json.tmp")  # the temporary name that AgentUp writes to first
+_REFUSED_EVERYWHERE = re.compile(r"[\x00/]")
+_REFUSED_BY_WINDOWS = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 _ESCAPED_IN_KEY = re.compile(r"[{}]|%(?=7B|7D|25)")
 _ESCAPES_IN_KEY = {"{": "%7B", "}": "%7D", "%": "%25"}
 _ESCAPE_IN_KEY = re.compile("%(7B|7D|25)")
@@ -59,14 +62,16 @@ def file_stem(context_id: str) -> str:
     return _hashed(context_id)
 
 
-def document_stem(context_id: str) -> str:
-    """The name, without suffix, of a context's JSON document: AgentUp's (the id itself) where that is safe."""
-    hidden_or_padded = context_id[0] in ". " or context_id[-1] in ". "
+def document_stem(context_id: str, *, windows: bool = os.name == "nt") -> str:
+    """The name, without suffix, of a context's JSON document: AgentUp's, which is the id itself, if it can be a name.
+
+    A name that only Windows refuses is one elsewhere: AgentUp wrote it, and must find it again.
+    """
+    refused = _REFUSED_BY_WINDOWS if windows else _REFUSED_EVERYWHERE
     if (
-        hidden_or_padded
-        or len(context_id.encode()) > 200
-        or _UNSAFE_IN_DOCUMENT_NAME.search(context_id)
-        or _DEVICE_NAME.fullmatch(context_id.lower())
+        len(context_id.encode()) > _LONGEST_DOCUMENT_STEM
+        or refused.search(context_id)
+        or (windows and _DEVICE_NAME.fullmatch(context_id.lower()))
         or _HASHED_NAME.fullmatch(context_id)
     ):
         return _hashed(context_id)

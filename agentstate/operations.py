@@ -42,6 +42,10 @@ class Restore(NamedTuple):
     """Make an absent context exist with the past of another one (fork, import). First change of its commit.
 
     `start` becomes `history_start`. `created`, `updated` and `revision` are set as given; None means now, now and 1.
+    `expires` is when the context expires if nothing is written to it; None means what the storage's ttl says.
+
+    A history that is too long for one commit follows in further ones, which begin with the same change: of an existing
+    context it sets the owner, `updated` and `expires`, and nothing else.
     """
 
     user_id: str | None
@@ -49,6 +53,7 @@ class Restore(NamedTuple):
     created: int | None = None
     updated: int | None = None
     revision: int | None = None
+    expires: int | None = None
 
 
 class Own(NamedTuple):
@@ -203,7 +208,7 @@ CHANGED: Final[Answer] = b"?"
 
 class Snapshot(NamedTuple):
     """What a `Query` read. `messages` are those at positions `first`, `first` + 1, ...; the history is
-    [`start`, `end`)."""
+    [`start`, `end`). `expires` is when the context expires, None for never."""
 
     user_id: str | None
     created: int
@@ -215,6 +220,7 @@ class Snapshot(NamedTuple):
     metadata: dict[str, bytes]
     first: int
     messages: Sequence[bytes]
+    expires: int | None = None
 
 
 class Page(NamedTuple):

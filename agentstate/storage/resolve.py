@@ -123,6 +123,7 @@ class Image:
             _selected(self.metadata, query.metadata),
             first,
             messages,
+            self.expires,
         )
 
 
@@ -278,10 +279,20 @@ class _Resolution:
             effects.expires = None if self.ttl is None else self.now + int(self.ttl * 1_000_000)
             first = self.commit.changes[0]
             if isinstance(first, Restore):
-                effects.created = self.now if first.created is None else first.created
-                effects.updated = self.now if first.updated is None else first.updated
-                effects.revision = 1 if first.revision is None else first.revision
+                self._backdate(first)
         return effects
+
+    def _backdate(self, restore: Restore) -> None:
+        effects = self.effects
+        if restore.updated is not None:
+            effects.updated = restore.updated
+        if restore.expires is not None:
+            effects.expires = restore.expires
+        if not self.image.exists:
+            if restore.created is not None:
+                effects.created = restore.created
+            if restore.revision is not None:
+                effects.revision = restore.revision
 
     def _create(self) -> None:
         effects = self.effects
@@ -311,8 +322,10 @@ class _Resolution:
         self.touched = True
 
     def restore(self, change: Restore) -> None:
+        self.touched = True
         self.effects.user_id = change.user_id
-        self.effects.start = self.effects.keep = change.start
+        if not self.image.exists:
+            self.effects.start = self.effects.keep = change.start
 
     def own(self, change: Own) -> None:
         self.touched = True

@@ -1,0 +1,265 @@
+"""The queue that joins waiting operations, in front of storages made to be slow, stuck or broken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from agentstate import InMemoryStorage, StateOutcomeUnknownError, StateUnavailableError, SyncConversationContext
+from agentstate.operations import Append, Commit, Listing, Operation, Query, Window
+from agentstate.storage.base import Settle
+
+
+class Gated(InMemoryStorage):
+    """A storage that waits: each `execute` is recorded, and held until its gate opens."""
+
+    waits = True
+    groups = 2
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = threading.Event()
+        self.calls: list[list[Operation]] = []
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        self.calls.append(list(operations))
+        assert self.gate.wait(20)
+        super().execute(operations, settle)
+
+
+def append(context_id: str, number: int) -> Commit:
+    return Commit(context_id, (Append((b"%d" % number,)),), f"{context_id}-{number}")
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "did not happen within 20 s"
+        time.sleep(0.001)
+
+
+class Collected:
+    """Outcomes of submitted jobs, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[tuple[str, list[Any]]] = []
+
+    def of(self, name: str) -> Callable[[list[Any]], None]:
+        return lambda outcomes: self.outcomes.append((name, outcomes))
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+
+def test_what_waits_while_a_group_is_executed_travels_as_one_group() -> None:
+    storage = Gated()
+    storage.groups = 1  # type: ignore[misc]
+    done = Collected()
+    storage.dispatcher.submit((append("first", 0),), done.of("first"))
+    eventually(lambda: storage.calls)
+    for number in range(20):
+        storage.dispatcher.submit((append(f"c{number}", 0),), done.of(str(number)))
+    storage.gate.set()
+    eventually(lambda: len(done) == 21)
+    assert [len(call) for call in storage.calls] == [1, 20]
+
+
+def test_operations_of_one_context_are_executed_in_order_and_never_in_two_groups_at_a_time() -> None:
+    storage = Gated()
+    done = Collected()
+    for number in range(50):
+        storage.dispatcher.submit((append("a", number),), done.of(str(number)))
+    eventually(lambda: storage.calls)
+    time.sleep(0.02)
+    assert len(storage.calls) == 1, "a second group began with operations of the same context"
+    storage.gate.set()
+    eventually(lambda: len(done) == 50)
+    assert [name for name, _ in done.outcomes] == [str(number) for number in range(50)]
+    messages = storage.call(Query("a", history=Window())).messages  # type: ignore[union-attr]
+    assert list(messages) == [b"%d" % number for number in range(50)]
+
+
+def test_a_stuck_context_does_not_hold_up_the_others() -> None:
+    class OneIsStuck(InMemoryStorage):
+        waits = True
+        groups = 2
+        freed = threading.Event()
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            if any(getattr(operation, "context_id", "") == "stuck" for operation in operations):
+                assert self.freed.wait(20)
+            super().execute(operations, settle)
+
+    storage = OneIsStuck()
+    done = Collected()
+    storage.dispatcher.submit((append("stuck", 0),), done.of("stuck"))
+    time.sleep(0.02)
+    for number in range(30):
+        storage.dispatcher.submit((append(f"c{number}", 0),), done.of("other"))
+    eventually(lambda: len(done) == 30)
+    assert {name for name, _ in done.outcomes} == {"other"}
+    storage.freed.set()
+    eventually(lambda: len(done) == 31)
+
+
+def test_outcomes_known_early_are_delivered_before_the_group_ends() -> None:
+    class LastOneWaits(InMemoryStorage):
+        waits = True
+        freed = threading.Event()
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            super().execute(operations[:-1], settle)
+            assert self.freed.wait(20)
+            super().execute(operations[-1:], lambda _, outcome: settle(len(operations) - 1, outcome))
+
+    storage = LastOneWaits()
+    storage.groups = 1  # type: ignore[misc]
+    done = Collected()
+    with storage.dispatcher._lock:  # so that all of it is one group
+        for name in ("a", "b", "c"):
+            storage.dispatcher._enqueue(_callback((append(name, 0),), done.of(name)))
+    eventually(lambda: len(done) == 2)
+    assert [name for name, _ in done.outcomes] == ["a", "b"]
+    storage.freed.set()
+    eventually(lambda: len(done) == 3)
+
+
+def _callback(operations: Sequence[Operation], function: Callable[[list[Any]], None]) -> Any:
+    from agentstate.storage.dispatch import _CallBack
+
+    return _CallBack(operations, function)
+
+
+def test_a_queued_job_can_be_taken_back_and_is_never_executed() -> None:
+    storage = Gated()
+    done = Collected()
+    storage.dispatcher.submit((append("a", 0),), done.of("running"))
+    eventually(lambda: storage.calls)
+    second = storage.dispatcher.submit((append("a", 1),), done.of("second"))
+    third = storage.dispatcher.submit((append("a", 2),), done.of("third"))
+    assert storage.dispatcher.withdraw(second)
+    assert not storage.dispatcher.withdraw(second), "it was taken back already"
+    storage.gate.set()
+    eventually(lambda: len(done) == 2)
+    assert [name for name, _ in done.outcomes] == ["running", "third"]
+    assert not storage.dispatcher.withdraw(third), "it is done"
+
+
+def test_many_threads_lose_nothing_and_keep_their_order() -> None:
+    class Slow(InMemoryStorage):
+        waits = True
+        groups = 2
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            time.sleep(0.0002)
+            super().execute(operations, settle)
+
+    context = SyncConversationContext(Slow(deadline=60.0))
+
+    def write(writer: int) -> None:
+        for number in range(40):
+            context.add_to_history(f"c{number % 3}", "user", [writer, number])
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = [message["content"] for number in range(3) for message in context.get_history(f"c{number}")]
+    assert sorted(seen) == [[writer, number] for writer in range(8) for number in range(40)]
+    for number in range(3):
+        for writer in range(8):
+            own = [m["content"][1] for m in context.get_history(f"c{number}") if m["content"][0] == writer]
+            assert own == sorted(own)
+
+
+def test_a_backend_that_breaks_down_leaves_nobody_waiting() -> None:
+    class Broken(InMemoryStorage):
+        waits = True
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            raise ZeroDivisionError("a defect")
+
+    context = SyncConversationContext(Broken())
+    with pytest.raises(StateOutcomeUnknownError, match="a defect") as caught:
+        context.set_variable("a", "k", 1)
+    assert caught.value.commit_id
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(StateUnavailableError, match="a defect"):
+        context.get_variable("a", "k")
+    with pytest.raises(StateUnavailableError, match="a defect"):
+        list(context.list_contexts())
+
+
+def test_a_backend_that_forgets_an_operation_is_found_out() -> None:
+    class Forgetful(InMemoryStorage):
+        waits = True
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            return
+
+    done = Collected()
+    storage = Forgetful()
+    storage.dispatcher.submit((Query("a"), Query("a")), done.of("job"))
+    eventually(lambda: len(done))
+    assert all(isinstance(outcome, StateUnavailableError) for outcome in done.outcomes[0][1])
+    with pytest.raises(StateUnavailableError, match="forgot an operation"):
+        SyncConversationContext(storage).exists("a")
+
+
+def test_keyboard_interrupt_in_the_callers_thread_is_raised_and_frees_the_context() -> None:
+    class Interrupted(InMemoryStorage):
+        waits = True
+        broken = True
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            if self.broken:
+                raise KeyboardInterrupt
+            super().execute(operations, settle)
+
+    storage = Interrupted()
+    context = SyncConversationContext(storage)
+    with pytest.raises(KeyboardInterrupt):
+        context.set_variable("a", "k", 1)
+    storage.broken = False
+    context.set_variable("a", "k", 2)
+    assert context.get_variable("a", "k") == 2
+
+
+def test_listings_do_not_wait_for_one_another() -> None:
+    storage = Gated()
+    done = Collected()
+    for _ in range(2):
+        storage.dispatcher.submit((Listing(),), done.of("listing"))
+        time.sleep(0.01)
+    eventually(lambda: len(storage.calls) == 2)
+    storage.gate.set()
+    eventually(lambda: len(done) == 2)
+
+
+def test_closing_waits_for_what_is_under_way_and_refuses_what_comes_later() -> None:
+    storage = Gated()
+    done = Collected()
+    storage.dispatcher.submit((append("a", 0),), done.of("a"))
+    eventually(lambda: storage.calls)
+    threading.Timer(0.05, storage.gate.set).start()
+    storage.close()
+    assert done.outcomes == [("a", [b""])]
+    storage.close()
+    with pytest.raises(StateUnavailableError, match="closed"):
+        SyncConversationContext(storage).exists("a")
+
+
+def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.storage.dispatch.IDLE_SECONDS", 0.01)
+    storage = Gated()
+    storage.gate.set()
+    done = Collected()
+    storage.dispatcher.submit((append("a", 0),), done.of("a"))
+    eventually(lambda: len(done) and not storage.dispatcher._workers)
+    storage.dispatcher.submit((append("a", 1),), done.of("a"))
+    eventually(lambda: len(done) == 2)
