@@ -1,0 +1,47 @@
+"""Finds `agent_config.yaml`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from .model import StateConfig
+
+CONFIG_VARIABLE: Final = "AGENTSTATE_CONFIG"
+CONFIG_NAMES: Final = ("agent_config.yaml", "agentup.yml")
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    known_backends: Mapping[str, Collection[str] | None] | None = None,
+) -> StateConfig:
+    """The state section of the configuration file, checked.
+
+    Looks for `path`, else for the file that `$AGENTSTATE_CONFIG` names, else for `agent_config.yaml` and then
+    `agentup.yml` in the working directory. A file that was named must exist; where none was and there is none, the
+    answer is the default configuration (the file backend with its own defaults), whose `source` is None. So it is for a
+    file without a state section, except that `source` is the file.
+
+    `known_backends` are the backends of third parties by name, each with the names of its options, or None if any will
+    do. Without it, any name that does not look like a misspelt one is taken for a third party's backend.
+
+    Raises StateConfigError, whose `problems` are all that is wrong, each with file and line.
+    """
+    found = _find(path)
+    if found is None:
+        return StateConfig()
+    from .reader import Reader
+
+    named_by = f"${CONFIG_VARIABLE}" if path is None and os.environ.get(CONFIG_VARIABLE) else ""
+    return Reader(found, known_backends, named_by=named_by).read()
+
+
+def _find(path: str | os.PathLike[str] | None) -> str | None:
+    if path is not None:
+        return os.fspath(path)
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named:
+        return named
+    return next((name for name in CONFIG_NAMES if os.path.lexists(name)), None)

@@ -1,0 +1,480 @@
+"""Every key of the state section, described once, and the dataclass whose fields they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Final, cast
+
+from agentstate.errors import StateConfigError
+from agentstate.urls import HIDDEN, redact_url
+
+from .kinds import (
+    BACKEND,
+    BOOLEAN,
+    BYTES,
+    COUNT,
+    KEY_PREFIX,
+    MAPPING,
+    NATURAL,
+    PATH,
+    POSITIVE_BYTES,
+    SECONDS,
+    TEXT,
+    URL,
+    Kind,
+    RefusedError,
+    one_of,
+)
+
+BACKENDS: Final = ("memory", "file", "valkey")
+"""The backends that this package brings. Any other name is a third party's."""
+
+SECTIONS: Final = ("state", "state_management")
+"""What the section may be called."""
+
+AGENTUP_OVERRIDES: Final = (("skills", "skill_id"), ("plugins", "plugin_id"))
+"""AgentUp's lists whose entries may have a `state_override`, and the key of an entry's name."""
+
+EVERY: Final = ("*",)
+_FILE: Final = ("file",)
+_VALKEY: Final = ("valkey",)
+
+_SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|(^|_)(pw|key|auth|dsn)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the section.
+
+    `backends` are those whose option it is: `EVERY` is all of them, third parties' included; a key without any is for
+    agentstate itself. What holds without the key is `default`, or `without` in words. A `nullable` key may be `null`,
+    which says "none". `connects` marks what is an option of the connection, like those in a URL. `mistaken` are other
+    names that people try.
+    """
+
+    kind: Kind
+    meaning: str
+    backends: tuple[str, ...] = ()
+    default: Any = None
+    without: str = ""
+    nullable: bool = False
+    secret: bool = False
+    connects: bool = False
+    mistaken: tuple[str, ...] = ()
+
+
+def _option(kind: Kind, backends: tuple[str, ...], meaning: str, **more: Any) -> Any:
+    return field(default=None, metadata={"key": Key(kind, meaning, backends, **more)})
+
+
+def _connection(kind: Kind, meaning: str, **more: Any) -> Any:
+    return _option(kind, _VALKEY, meaning, connects=True, **more)
+
+
+def _own(kind: Kind, default: Any, meaning: str, **more: Any) -> Any:
+    return field(default=default, metadata={"key": Key(kind, meaning, default=default, **more)})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StateConfig:
+    """The state section: a field for each of its keys.
+
+    An option that is not set is None here and absent from `options()`: what a backend then does is the backend's
+    business, and whoever overrides this configuration does it key by key. `config` is left with the options of a third
+    party's backend; those of the others go to their own fields. `source` is the file, and `section` the name of the
+    section in it; None where there was none.
+
+    Raises StateConfigError, whose `problems` are all that is wrong.
+    """
+
+    enabled: bool = _own(BOOLEAN, True, "`false` switches state management off. The section is checked all the same.")
+    backend: str = _own(
+        BACKEND,
+        "file",
+        "Where state is kept: `memory`, `file`, `valkey`, or the name of a third party's backend.",
+        mistaken=("type", "storage", "storage_type", "store"),
+    )
+    ttl: float | None = _option(
+        SECONDS,
+        EVERY,
+        "Seconds after its last write until a context expires. `null`: never.",
+        without="never",
+        nullable=True,
+        mistaken=("expire", "expires", "expiry", "expiration", "ttl_seconds", "time_to_live"),
+    )
+    max_history: int | None = _option(
+        COUNT,
+        EVERY,
+        "A context keeps only its last so many messages. `null`: all of them.",
+        without="all",
+        nullable=True,
+        mistaken=("history_limit", "limit", "max_messages", "history_size"),
+    )
+    max_value_bytes: int | None = _option(
+        POSITIVE_BYTES,
+        EVERY,
+        "Bytes that a variable, a metadata value or a message may have as JSON.",
+        default=16 * 2**20,
+        mistaken=("max_value_size", "max_size"),
+    )
+    deadline: float | None = _option(
+        SECONDS,
+        EVERY,
+        "Seconds that a call may take, lock waits and retries included.",
+        default=5.0,
+        mistaken=("timeout", "socket_timeout"),
+    )
+    on_unavailable: str = _own(
+        one_of("raise", "ephemeral"),
+        "raise",
+        "What handlers get while the store cannot be reached: an error, or a context that forgets.",
+    )
+    storage_dir: str | None = _option(
+        PATH,
+        _FILE,
+        "Directory of the files. A relative one begins at the working directory of the process.",
+        default="./conversation_states",
+        mistaken=("dir", "directory", "path", "storage_path", "state_dir", "folder"),
+    )
+    layout: str | None = _option(
+        one_of("log", "document"),
+        ("file", "valkey"),
+        "`log` appends changes; `document` keeps one JSON document per context, as AgentUp does.",
+        default="log",
+        mistaken=("format",),
+    )
+    fsync: str | None = _option(
+        one_of("always", "everysec", "no"),
+        _FILE,
+        "When writes are forced to the disk: before the call returns, every second, or when the system likes.",
+        default="always",
+        mistaken=("sync", "appendfsync", "durability"),
+    )
+    exclusive: bool | None = _option(
+        BOOLEAN,
+        _FILE,
+        "This process has the directory for itself, and needs no lock for each operation.",
+        default=False,
+    )
+    cache_bytes: int | None = _option(
+        BYTES,
+        _FILE,
+        "Bytes of memory for what was read from files.",
+        default=32 * 2**20,
+        mistaken=("cache", "cache_size"),
+    )
+    url: str | None = _option(
+        URL,
+        _VALKEY,
+        "The server. It is never taken from `services:`.",
+        without="required",
+        mistaken=("host", "port", "uri", "valkey_url", "redis_url", "address", "server"),
+    )
+    key_prefix: str | None = _option(
+        KEY_PREFIX,
+        _VALKEY,
+        "What all keys begin with.",
+        default="agentup:state:",
+        mistaken=("prefix", "namespace", "keyprefix"),
+    )
+    db: int | None = _connection(
+        NATURAL, "Number of the database.", without="the URL's", mistaken=("database", "db_number")
+    )
+    username: str | None = _connection(
+        TEXT, "Name of the server's user.", without="the URL's", nullable=True, mistaken=("user",)
+    )
+    password: str | None = _connection(
+        TEXT,
+        "Password of the server's user.",
+        without="the URL's",
+        nullable=True,
+        secret=True,
+        mistaken=("pass", "passwd", "auth", "requirepass"),
+    )
+    sentinel_username: str | None = _connection(TEXT, "Name of the sentinels' user.", nullable=True)
+    sentinel_password: str | None = _connection(TEXT, "Password of the sentinels' user.", nullable=True, secret=True)
+    client_name: str | None = _connection(TEXT, "What `CLIENT LIST` shows for the connections.", nullable=True)
+    socket_keepalive: bool | None = _connection(BOOLEAN, "Whether the system probes idle connections.")
+    max_connections: int | None = _option(
+        COUNT, _VALKEY, "Connections to each server at a time.", default=32, mistaken=("pool_size", "connections")
+    )
+    min_replicas: int | None = _option(
+        NATURAL,
+        _VALKEY,
+        "A write is done when so many replicas have confirmed it.",
+        default=0,
+        mistaken=("replicas", "wait"),
+    )
+    strict: bool | None = _option(
+        BOOLEAN,
+        _VALKEY,
+        "Refuse a server that may evict keys or keeps nothing on disk. Otherwise that is a warning in the log.",
+        default=False,
+    )
+    ssl_ca_certs: str | None = _connection(
+        TEXT,
+        "PEM file with the certificates of the authorities that may vouch for the server.",
+        without="the system's",
+        nullable=True,
+        mistaken=("ca", "cafile", "ssl_ca", "ca_certs", "tls_ca_cert"),
+    )
+    ssl_ca_path: str | None = _connection(TEXT, "Directory of such files, named as OpenSSL wants it.", nullable=True)
+    ssl_ca_data: str | None = _connection(TEXT, "Such certificates themselves.", nullable=True)
+    ssl_cert_reqs: str | None = _connection(
+        one_of("required", "optional", "none"),
+        "Whether the server must show a certificate that an authority vouches for.",
+        default="required",
+        mistaken=("ssl_verify", "verify"),
+    )
+    ssl_check_hostname: bool | None = _connection(
+        BOOLEAN, "Whether that certificate must be for the host in the URL.", default=True
+    )
+    ssl_certfile: str | None = _connection(
+        TEXT,
+        "PEM file with the client's own certificate.",
+        nullable=True,
+        mistaken=("cert", "certfile", "ssl_cert", "tls_cert"),
+    )
+    ssl_keyfile: str | None = _connection(
+        TEXT,
+        "PEM file with the key of the client's certificate.",
+        nullable=True,
+        mistaken=("key", "keyfile", "ssl_key", "tls_key"),
+    )
+    ssl_password: str | None = _connection(TEXT, "Password of `ssl_keyfile`.", nullable=True, secret=True)
+    ssl_ciphers: str | None = _connection(TEXT, "The ciphers that may be used, in OpenSSL's words.", nullable=True)
+    skill_overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={
+            "key": Key(
+                MAPPING,
+                "Settings for single handlers: under the name of each, keys of this section that replace those here.",
+                mistaken=("overrides", "handlers", "skills", "handler_overrides"),
+            )
+        },
+    )
+    config: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "key": Key(
+                MAPPING,
+                "Options of the backend; the same as writing them directly into the section.",
+                mistaken=("options", "settings", "params"),
+            )
+        },
+    )
+    source: str | None = None
+    section: str | None = None
+    _nulls: frozenset[str] = frozenset()  # options that are set, namely to null
+
+    def __post_init__(self) -> None:
+        problems = list(self._flatten())
+        for name in KEYS:
+            if self._sets(name) or not KEYS[name].backends:
+                try:
+                    self._set(name, convert(name, getattr(self, name)))
+                except ValueError as error:
+                    problems.append(str(error))
+        if not problems:
+            problems = [sentence for _, sentence in conflicts(self._values())]
+        if problems:
+            raise StateConfigError("; ".join(problems), problems=problems)
+
+    def __repr__(self) -> str:
+        return f"StateConfig({', '.join(f'{name}={value!r}' for name, value in self._shown())})"
+
+    def options(self) -> dict[str, Any]:
+        """The keyword options for the backend, as far as they are set; the caller's own copy."""
+        from copy import deepcopy
+
+        named = {name: getattr(self, name) for name in keys_of(self.backend) if self._sets(name)}
+        return named | deepcopy(self.config)
+
+    def override(self, backend: str | None = None, /, **options: Any) -> StateConfig:
+        """This configuration with `options` over it, key by key, as a decorator or a single handler asks for.
+
+        Another `backend` than this one's drops what is set for this one and keeps what is for every backend (`ttl`,
+        `max_history`, ...). None is a value: ``override(ttl=None)`` keeps contexts forever. Raises StateConfigError.
+        """
+        chosen = self.backend if backend is None else backend
+        known = known_to(chosen)
+        problems = []
+        try:
+            options = {**convert("config", options.pop("config", {})), **options}
+        except ValueError as error:
+            problems.append(str(error))
+        if chosen in BACKENDS:
+            problems += [unknown_key(name, chosen) for name in options if name not in known]
+        if problems:
+            raise StateConfigError("; ".join(problems), problems=problems)
+        values = merged(self._values(), chosen, options)
+        nulls = frozenset(name for name, value in values.items() if value is None)
+        return StateConfig(**values, source=self.source, section=self.section, _nulls=nulls)
+
+    def for_handler(self, name: str) -> StateConfig:
+        """What holds for the handler of that name: this configuration with its `skill_overrides` over it."""
+        options = dict(self.skill_overrides.get(name, {}))
+        return self.override(options.pop("backend", None), **options, skill_overrides={})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, as JSON values, with everything secret hidden."""
+        from dataclasses_json import DataClassJsonMixin
+
+        values = DataClassJsonMixin.to_dict(cast(Any, self))
+        return {name: _redacted(name, values[name]) for name, _ in self._shown()}
+
+    def _flatten(self) -> Iterator[str]:
+        """Move what `config` holds to the fields that it has."""
+        given: Any = self.config
+        if not isinstance(given, Mapping):
+            return
+        rest = dict(given)
+        for name in given:
+            if name in keys_of(self.backend):
+                if self._sets(name):
+                    yield f"`{name}` is set twice, also in `config`: keep one"
+                self._set(name, rest.pop(name))
+            elif self.backend in BACKENDS:
+                yield unknown_key(name, self.backend)
+        self._set("config", rest)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if value is None:
+            object.__setattr__(self, "_nulls", self._nulls | {name})
+
+    def _sets(self, name: str) -> bool:
+        return getattr(self, name) is not None or name in self._nulls
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in KEYS if self._sets(name)}
+
+    def _shown(self) -> Iterator[tuple[str, Any]]:
+        for name, value in self._values().items():
+            if value != {}:
+                yield name, _redacted(name, value)
+
+
+KEYS: Final[Mapping[str, Key]] = MappingProxyType(
+    {item.name: item.metadata["key"] for item in fields(StateConfig) if "key" in item.metadata}
+)
+"""Every key by its name."""
+
+
+def keys_of(backend: str | None) -> dict[str, Key]:
+    """The options of `backend` that have a key of their own; with None, those that every backend has."""
+    return {name: key for name, key in KEYS.items() if key.backends == EVERY or backend in key.backends}
+
+
+def known_to(backend: str | None) -> dict[str, Key]:
+    """What may stand in a section with that backend: its options, and the keys that are for agentstate."""
+    return {name: key for name, key in KEYS.items() if not key.backends} | keys_of(backend)
+
+
+def convert(name: str, value: object, *, given_by: str = "") -> Any:
+    """`value` as what stands behind the key `name`: typed, or None where the key may be null and this is empty.
+
+    Raises ValueError with a sentence that says what to write. `given_by` names the variables that the value came from;
+    the sentence then shows them and not the value.
+    """
+    key = KEYS[name]
+    if key.nullable and (value is None or value == "" or (key.kind is not TEXT and value in ("null", "~"))):
+        return None
+    try:
+        converted = key.kind.convert(value)
+        if isinstance(converted, str):
+            converted.encode()
+    except RefusedError as refused:
+        shown = f"what {given_by} gives" if given_by else _quoted(name, key, value)
+        write = str(refused) or key.kind.example
+        raise ValueError(f"`{name}` must be {key.kind.expects}, not {shown}; write `{name}: {write}`") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` is not valid Unicode") from None
+    return converted
+
+
+def merged(values: Mapping[str, Any], backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of a section with `options` over them: all of them for the same backend, else what every backend has."""
+    same = backend == values["backend"]
+    known = known_to(backend)
+    kept = known if same else known_to(None)
+    result = {name: value for name, value in values.items() if name in kept}
+    rest = dict(values.get("config", {})) if same else {}
+    for name, value in options.items():
+        (result if name in known else rest)[name] = value
+    return result | {"backend": backend, "config": rest}
+
+
+def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a section whose values are right each for itself: the key, and a sentence about it."""
+    if values["backend"] != "valkey":
+        return
+    if values.get("url") is None:
+        yield "backend", f"`backend: valkey` needs a url: add the line `url: {URL.example}`"
+        return
+    from agentstate.storage.valkey_url import read_url
+
+    connection = {name: value for name, value in values.items() if name in KEYS and KEYS[name].connects}
+    try:
+        read_url(values["url"], connection)
+    except StateConfigError as error:
+        yield "url", str(error)
+
+
+def unknown_key(name: str, backend: str, known: Iterable[str] = (), *, where: str = "", implied: bool = False) -> str:
+    """A sentence about a key that has no place in a section with `backend`, and the nearest one that has.
+
+    `known` are the options of a third party's backend, `where` says where the key was found, and `implied` that no
+    backend is written there.
+    """
+    if name in KEYS and backend in BACKENDS:
+        if not KEYS[name].backends:
+            return f"`{name}` belongs directly into the section, not into `config`"
+        owners = " and ".join(f"`backend: {owner}`" for owner in KEYS[name].backends)
+        if implied:
+            line = f"add the line `backend: {KEYS[name].backends[0]}`"
+            return f"`{name}` belongs to {owners}, and without a `backend:` this is `{backend}`: {line}"
+        return f"`{name}` belongs to {owners}, and this is `backend: {backend}`: delete it, or change the backend"
+    from difflib import get_close_matches
+
+    subject = f"`{name[:60]}` is not a key of {where or f'`backend: {backend}`'}"
+    own = {*known_to(backend), *known}
+    for candidates in (own, set(KEYS) if backend in BACKENDS else own):
+        spellings = {candidate: candidate for candidate in candidates}
+        for candidate in candidates.intersection(KEYS):
+            spellings |= {other: candidate for other in KEYS[candidate].mistaken if other not in spellings}
+        if near := get_close_matches(name[:60].lower().replace("-", "_"), spellings, 1):
+            meant = spellings[near[0]]
+            owner = "" if meant in own else f", a key of `backend: {KEYS[meant].backends[0]}`"
+            return f"{subject}; did you mean `{meant}`{owner}?"
+    return f"{subject}; its keys are {', '.join(f'`{candidate}`' for candidate in sorted(own))}"
+
+
+def _quoted(name: str, key: Key, value: object) -> str:
+    if value is None or value == "":
+        return "empty"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple | set):
+        return "a list"
+    if key.secret:
+        return "this"
+    if key.kind is URL and isinstance(value, str):
+        value = redact_url(value)
+    shown = f"`{value}`" if isinstance(value, str) and value.isprintable() else repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _redacted(name: str, value: Any) -> Any:
+    if name in ("config", "skill_overrides"):
+        return {inner: _redacted(inner if name == "config" else "config", item) for inner, item in value.items()}
+    if value is None or (KEYS[name].secret if name in KEYS else _SECRET_NAME.search(name)):
+        return None if value is None else HIDDEN
+    if isinstance(value, Mapping):
+        return {inner: _redacted(inner, item) for inner, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(name, item) for item in value]
+    return redact_url(value) if isinstance(value, str) and "://" in value else value
