@@ -18,7 +18,14 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 from . import codec
-from .errors import ContextNotFoundError, StateAccessError, StateConflictError, StateError, StateTimeoutError
+from .errors import (
+    ContextNotFoundError,
+    StateAccessError,
+    StateConflictError,
+    StateError,
+    StateOutcomeUnknownError,
+    StateTimeoutError,
+)
 from .keys import check_context_id, check_user_id
 from .operations import (
     CHANGED,
@@ -142,6 +149,7 @@ class Caller:
         """The same context, for code that runs inside a turn wherever it runs (contextvars do not matter to it)."""
         twin = type(self)(self.storage, user_id=self.user_id)
         twin._fences = {**self._fences, context_id: token}
+        twin.degraded = self.degraded
         return twin
 
     def _deadline(self) -> float:
@@ -209,10 +217,11 @@ def get_or_create(
     owner = self._owner(user_id, context_id)
     commit = self._commit(context_id, commit_id, Create(owner))
     everything = self._query(context_id, variables=None, metadata=None, history=Window())
-    _, snapshot = yield InOrder((commit, everything))
-    if snapshot is None:
-        raise ContextNotFoundError(f"{context_id!r} was cleared after this commit created it", context_id=context_id)
-    return _state(context_id, snapshot)
+    for _ in range(2):  # it may expire right after the commit that found it existing, and had nothing to do
+        _, snapshot = yield InOrder((commit, everything))
+        if snapshot is not None:
+            return _state(context_id, snapshot)
+    raise ContextNotFoundError(f"{context_id!r} was cleared after this commit created it", context_id=context_id)
 
 
 def get_state(self: Caller, /, context_id: str, *, history_limit: int | None = None) -> Calls[ConversationState | None]:
@@ -627,8 +636,14 @@ class Turn(Batch):
         self.token = os.urandom(12).hex()
         give_up = time.monotonic() + self._timeout
         pause = 0.002
+        unanswered = False
         try:
-            while not (yield self._lease_step("take")):
+            while True:
+                unanswered = True
+                taken = yield self._lease_step("take")
+                unanswered = False
+                if taken:
+                    break
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise StateTimeoutError(
@@ -637,8 +652,10 @@ class Turn(Batch):
                     )
                 yield Sleep(min(pause, left))
                 pause = min(pause * 1.5, 0.1)
-        except BaseException:
+        except BaseException as error:
             self._open = False
+            if unanswered and isinstance(error, GeneratorExit | StateOutcomeUnknownError):
+                self._give_back()  # it may be held, though nobody heard of it
             raise
         if track:
             _turns.set((*_turns.get(), HeldTurn(self._caller, self._context_id, self.token)))
@@ -646,19 +663,33 @@ class Turn(Batch):
 
     def _end(self, failed: bool) -> Calls[None]:
         """Commit what was collected, with the fence, unless the block failed; give the lease back in any case."""
+        interrupted = False
         try:
             if self._changes and not failed:
                 commit = self._caller._commit(self._context_id, self._commit_id, *self._changes)
                 yield commit._replace(fence=self.token)
+        except GeneratorExit:
+            interrupted = True
+            raise
         finally:
             self._open = False
             self._renewal.stop()
             _turns.set(tuple(turn for turn in _turns.get() if turn.token != self.token))
-            yield from self._release()
+            if interrupted:
+                self._give_back()
+            else:
+                yield from self._release()
+
+    def _give_back(self) -> None:
+        """Give the lease back without waiting for it, where the code that would have waited was cancelled."""
+        self._caller.storage.dispatcher.submit((self._lease_step("release"),), lambda _: None)
 
     def _release(self) -> Calls[None]:
         try:
             yield self._lease_step("release")
+        except GeneratorExit:
+            self._give_back()
+            raise
         except StateError as error:
             # The lease ends by itself; the outcome of the turn is known and must not be replaced by this.
             from logging import getLogger
@@ -724,6 +755,7 @@ def _logging(steps: Generator[S, Any, R], logger: Logger) -> Generator[S, Any, R
         return result
     except GeneratorExit:
         end = ", not finished"
+        steps.close()
         raise
     except BaseException as error:
         end = f", {type(error).__name__}"

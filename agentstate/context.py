@@ -125,6 +125,9 @@ class SyncConversationContext(calls.Caller):
         except StopIteration as stop:
             result: R = stop.value
             return result
+        except BaseException:  # cancelled or interrupted: the call is told, and cleans up
+            steps.close()
+            raise
 
     def _perform(self, step: Step) -> Any:
         """Carry out one step and return its outcome, or raise its error."""
