@@ -1,0 +1,251 @@
+"""The decorator `@stateful`, and the types of what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, overload
+
+from ..errors import StateConfigError
+from ..storage.base import StateStorage, one_of
+from .call import Call
+from .names import replace_handler
+from .shape import Handler, Kind, Owner, Settings
+
+R = TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+S_contra = TypeVar("S_contra", contravariant=True)
+T_contra = TypeVar("T_contra", contravariant=True)
+
+SHARED_BY: Final = ("conversation", "user", "session")
+"""What `context_id` may be, other than a function: each reads ``task.metadata["<name>_id"]``."""
+
+OverTask: TypeAlias = Callable[[Any], Any]
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+
+class _Function(Protocol[T_contra, R_co]):
+    def __call__(self, task: T_contra, /, *, context: Any, context_id: str) -> R_co: ...
+
+
+class _Method(Protocol[S_contra, T_contra, R_co]):
+    def __call__(self, owner: S_contra, task: T_contra, /, *, context: Any, context_id: str) -> R_co: ...
+
+
+class StatefulFunction(Protocol[T_contra, R_co]):
+    """A function over a task, as its callers see it. `context_id` says which conversation it is, whatever the task."""
+
+    __name__: str
+
+    def __call__(self, task: T_contra, /, *, context_id: str | None = None) -> R_co: ...
+
+
+class StatefulMethod(Protocol[S_contra, T_contra, R_co]):
+    """A method over a task, as its callers see it."""
+
+    __name__: str
+
+    def __call__(self, owner: S_contra, task: T_contra, /, *, context_id: str | None = None) -> R_co: ...
+    @overload
+    def __get__(self, owner: None, cls: type[Any], /) -> StatefulMethod[S_contra, T_contra, R_co]: ...
+    @overload
+    def __get__(self, owner: S_contra, cls: type[Any], /) -> StatefulFunction[T_contra, R_co]: ...
+
+
+class StatefulDecorator(Protocol):
+    """What `stateful(...)` gives."""
+
+    @overload
+    def __call__(self, handler: _Function[T, R], /) -> StatefulFunction[T, R]: ...
+    @overload
+    def __call__(self, handler: _Method[S, T, R], /) -> StatefulMethod[S, T, R]: ...
+    @overload
+    def __call__(self, handler: Callable[..., R], /) -> Callable[..., R]: ...
+
+
+class _Unset(Enum):
+    UNSET = "as configured"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+_UNSET: Final[Any] = _Unset.UNSET
+
+
+# --- the decorator --------------------------------------------------------------------------------------------------
+
+
+@overload
+def stateful(handler: _Function[T, R], /) -> StatefulFunction[T, R]: ...
+@overload
+def stateful(handler: _Method[S, T, R], /) -> StatefulMethod[S, T, R]: ...
+@overload
+def stateful(
+    storage: str | StateStorage | None = None,
+    *,
+    url: str = ...,
+    key_prefix: str = ...,
+    ttl: float | None = ...,
+    storage_dir: str = ...,
+    context_id: OverTask | Literal["conversation", "user", "session"] | None = None,
+    user_id: OverTask | None = None,
+    serialize_turns: bool = False,
+    on_unavailable: Literal["raise", "ephemeral"] | None = None,
+    **backend_options: Any,
+) -> StatefulDecorator: ...
+@overload
+def stateful(handler: Callable[..., R], /) -> Callable[..., R]: ...
+def stateful(
+    storage: Any = None,
+    *,
+    url: str = _UNSET,
+    key_prefix: str = _UNSET,
+    ttl: float | None = _UNSET,
+    storage_dir: str = _UNSET,
+    context_id: OverTask | str | None = None,
+    user_id: OverTask | None = None,
+    serialize_turns: bool = False,
+    on_unavailable: Literal["raise", "ephemeral"] | None = None,
+    **backend_options: Any,
+) -> Any:
+    """Give a handler the state of its conversation, as the keyword arguments `context` and `context_id`.
+
+    For functions, coroutine functions, generators and async generators, and for methods of these kinds; an `async`
+    handler gets a ConversationContext, any other a SyncConversationContext. It is given those of the two that its
+    signature names. Its own exceptions pass untouched, and it never runs twice.
+
+    `storage` is the name of a storage or a StateStorage object; without it the configuration file decides, and without
+    a file it is the file storage. Options (`url`, `key_prefix`, `ttl`, `storage_dir` and all others of the storage)
+    override the file key by key. The file is read at the first call; with a StateStorage object it is not read.
+
+    Which conversation it is, is found in this order: the argument `context_id` of the call; this `context_id`, a
+    function over the task or one of ``"conversation"``, ``"user"``, ``"session"`` (``"user"`` gives
+    ``"user:<value of task.metadata['user_id']>"``); ``task.context_id``; ``task.metadata["context_id"]``; ``task.id``.
+    Raises InvalidContextIdError if there is none.
+
+    - `user_id`: a function over the task; the handler's context is bound to that user. Raises StateAccessError where
+      it finds nobody.
+    - `serialize_turns`: run one handler at a time per conversation, across processes and machines, inside a turn. The
+      handler's writes commit one by one, and raise TurnLostError if the turn was lost.
+    - `on_unavailable`: with ``"ephemeral"``, a call that finds the store unreachable before the handler runs gets a
+      context in memory, whose `degraded` is true, and which is forgotten with the call. None: as the file says, else
+      ``"raise"``.
+    """
+    named = {"url": url, "key_prefix": key_prefix, "ttl": ttl, "storage_dir": storage_dir}
+    options = {name: value for name, value in named.items() if value is not _UNSET} | backend_options
+    settings = Settings(storage, options, context_id, user_id, serialize_turns, on_unavailable)
+    if _is_handler(storage) and settings == Settings(storage, {}, None, None, False, None):
+        return _decorated(storage, settings._replace(storage=None))
+    _check(settings)
+    return lambda handler: _decorated(handler, settings)
+
+
+def _check(settings: Settings) -> None:
+    storage: Any = settings.storage
+    if storage is not None and not isinstance(storage, str | StateStorage):
+        raise StateConfigError(f"storage is the name of a storage, or a StateStorage object, not {storage!r}")
+    if isinstance(storage, StateStorage) and settings.options:
+        raise StateConfigError(f"{', '.join(settings.options)}: give this to the {type(storage).__name__} itself")
+    if settings.context_id is not None and not callable(settings.context_id):
+        one_of("context_id", settings.context_id, SHARED_BY)
+    if settings.user_id is not None and not callable(settings.user_id):
+        raise StateConfigError(f"user_id is a function over the task, not {settings.user_id!r}")
+    if iscoroutinefunction(settings.context_id) or iscoroutinefunction(settings.user_id):
+        raise StateConfigError("context_id and user_id are plain functions over the task: they are not awaited")
+    if settings.on_unavailable is not None:
+        one_of("on_unavailable", settings.on_unavailable, ("raise", "ephemeral"))
+
+
+def _is_handler(value: Any) -> bool:
+    return isinstance(value, classmethod | staticmethod) or (
+        callable(value) and not isinstance(value, type | StateStorage)
+    )
+
+
+def _decorated(handler: Any, settings: Settings) -> Any:
+    if not _is_handler(handler):
+        raise TypeError(f"@stateful is for functions and methods, not {handler!r}")
+    if isinstance(handler, classmethod):
+        return classmethod(_wrapped(Handler(handler.__func__, settings, Owner.FIRST)))
+    if isinstance(handler, staticmethod):
+        return staticmethod(_wrapped(Handler(handler.__func__, settings, Owner.NONE)))
+    return _wrapped(Handler(handler, settings))
+
+
+def _wrapped(handler: Handler) -> Callable[..., Any]:
+    """The function that stands in for the handler: of the same kind, with the visible part of its signature."""
+    wrapper = _WRAPPERS[handler.kind](handler, handler.function)
+    wrapper.__name__ = handler.name
+    wrapper.__signature__ = handler.signature  # type: ignore[attr-defined]
+    handler.wrapper = wrapper
+    replace_handler(handler.function, wrapper)  # @register_handler may stand below
+    return wrapper
+
+
+def _function(handler: Handler, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with Call(handler, args, kwargs) as call:
+            return function(*call.args, **call.kwargs)
+
+    return wrapper
+
+
+def _generator(handler: Handler, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with Call(handler, args, kwargs) as call:
+            return (yield from function(*call.args, **call.kwargs))
+
+    return wrapper
+
+
+def _coroutine(handler: Handler, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        async with Call(handler, args, kwargs) as call:
+            result = function(*call.args, **call.kwargs)
+            # A plain function that wraps a coroutine function may have waited for it itself.
+            return await result if hasattr(result, "__await__") else result
+
+    return wrapper
+
+
+def _async_generator(handler: Handler, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        async with Call(handler, args, kwargs) as call:
+            items = function(*call.args, **call.kwargs)
+            # What `yield from` would do, if there were an async one.
+            try:
+                item = await items.__anext__()
+                while True:
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:  # noqa: BLE001
+                        item = await items.athrow(error)
+                    else:
+                        item = await items.asend(sent)
+            except StopAsyncIteration:
+                return
+            finally:
+                await items.aclose()
+
+    return wrapper
+
+
+_WRAPPERS: Final = {
+    Kind.FUNCTION: _function,
+    Kind.GENERATOR: _generator,
+    Kind.COROUTINE: _coroutine,
+    Kind.ASYNC_GENERATOR: _async_generator,
+}

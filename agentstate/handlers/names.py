@@ -1,0 +1,77 @@
+"""Handlers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..errors import StateConfigError, StateError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_handlers: dict[str, Callable[..., Any]] = {}
+
+
+class HandlerNotFoundError(StateError, LookupError):
+    """No handler is registered under that name. The message names the nearest one."""
+
+
+def register_handler(name: str) -> Callable[[F], F]:
+    """Register a handler under a name; for `get_handler`, and for `skill_overrides` of the configuration file.
+
+    Above or below `@stateful`. Raises StateConfigError where another handler has the name; the same one again, as when
+    its module is reloaded, replaces it.
+    """
+    if callable(name) or not name:
+        raise TypeError("a handler is registered under a name: @register_handler('memory_assistant')")
+
+    def register(handler: F) -> F:
+        known = _handlers.get(name)
+        if known is not None and _home(known) != _home(handler):
+            raise StateConfigError(f"the handler name {name!r} is taken by {_home(known)}: choose another")
+        _handlers[name] = handler
+        return handler
+
+    return register
+
+
+def get_handler(name: str) -> Callable[..., Any]:
+    """The handler that is registered under `name`. Raises HandlerNotFoundError, a LookupError."""
+    handler = _handlers.get(name)
+    if handler is not None:
+        return handler
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(name), _handlers, 1)
+    known = ", ".join(map(repr, list_handlers())) or "none; is its module imported?"
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
+    raise HandlerNotFoundError(f"there is no handler {name!r}; {hint}")
+
+
+def list_handlers() -> list[str]:
+    """The names of all registered handlers, sorted."""
+    return sorted(_handlers)
+
+
+def replace_handler(handler: Callable[..., Any], by: Callable[..., Any]) -> None:
+    """Register `by` under every name of `handler`: for a decorator that stands above `@register_handler`."""
+    for name, registered in list(_handlers.items()):
+        if registered is handler:
+            _handlers[name] = by
+
+
+def name_of(handler: Callable[..., Any]) -> str | None:
+    """A name that `handler` is registered under, itself or beneath other decorators."""
+    for name, registered in list(_handlers.items()):
+        inner: Any = registered
+        while inner is not None:
+            if inner is handler:
+                return name
+            inner = getattr(inner, "__wrapped__", None)
+    return None
+
+
+def _home(handler: Any) -> str:
+    # Objects (partials, instances) have no place of their own: each is another one.
+    place = getattr(handler, "__qualname__", None) or f"{type(handler).__qualname__} object at {id(handler):#x}"
+    return f"{handler.__module__}.{place}"
