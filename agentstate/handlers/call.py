@@ -126,9 +126,7 @@ class Call:
         # The fence goes with the context object and not with a contextvar: the handler may write from other threads,
         # and the caller of a generator is not inside the turn.
         _holders[id(self._context.storage), self._context_id] = holder
-        degraded = self._context.degraded
         self._context = self._context.holding(self._context_id, turn.token)
-        self._context.degraded = degraded
         self._turn = turn
 
     def _let_go(self) -> Any:

@@ -209,7 +209,7 @@ def added(current: bytes | None, by: bytes, key: str, context_id: str) -> bytes:
         text = json.dumps(total)
     except (OverflowError, ValueError):
         total, text = float("inf"), ""
-    if (isinstance(total, float) and not isfinite(total)) or len(text) > MAX_INTEGER_DIGITS:
+    if (isinstance(total, float) and not isfinite(total)) or len(text.lstrip("-")) > MAX_INTEGER_DIGITS:
         raise StateConflictError(f"incrementing {key!r} leaves the range of stored numbers", context_id=context_id)
     return text.encode()
 

@@ -1,0 +1,29 @@
+"""All that every storage promises, in one class."""
+
+from __future__ import annotations
+
+from .commits import CommitTests
+from .concurrency import ConcurrencyTests
+from .contexts import ContextTests
+from .history import HistoryTests
+from .identifiers import IdentifierTests
+from .lifetime import LifetimeTests
+from .owners import OwnerTests
+from .turns import TurnTests
+from .values import ValueTests
+from .variables import VariableTests
+
+
+class StorageContract(
+    ContextTests,
+    HistoryTests,
+    VariableTests,
+    ValueTests,
+    IdentifierTests,
+    CommitTests,
+    TurnTests,
+    OwnerTests,
+    LifetimeTests,
+    ConcurrencyTests,
+):
+    """Tests of the whole contract, through both contexts. Subclass it, give it `make_storage`, and run pytest."""

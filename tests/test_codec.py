@@ -1,0 +1,263 @@
+"""JSON in and out. What can be stored at all is in `agentstate.testing.values`, for it holds on every backend."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from dataclasses_json import DataClassJsonMixin, LetterCase, config, dataclass_json
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentstate import codec
+from agentstate.errors import StateSerializationError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_what_goes_in_comes_out(value: Any) -> None:
+    text = codec.encode(value, "x")
+    assert b"\n" not in text
+    back = codec.decode(text)
+    assert repr(back) == repr(value)  # the signs of zeros, the types of numbers and the order of keys included
+    assert json.loads(text) == value
+
+
+@given(VALUES)
+def test_encoding_changes_nothing_of_what_it_is_given(value: Any) -> None:
+    before = repr(value)
+    codec.encode({"list": [value, (value,)], "dict": {"k": value}}, "x")
+    assert repr(value) == before
+
+
+def test_a_converted_part_does_not_show_in_the_original() -> None:
+    original = {"kept": [1, {"time": date(2026, 1, 31)}], "tuple": (1, (2,))}
+    assert codec.decode(codec.encode(original, "x")) == {"kept": [1, {"time": "2026-01-31"}], "tuple": [1, [2]]}
+    assert original == {"kept": [1, {"time": date(2026, 1, 31)}], "tuple": (1, (2,))}
+
+
+def test_a_value_twice_in_another_is_no_cycle() -> None:
+    shared = [1]
+    assert codec.decode(codec.encode([shared, shared, {"again": shared}], "x")) == [[1], [1], {"again": [1]}]
+
+
+def test_the_limit_is_in_bytes_of_utf_8() -> None:
+    assert codec.encode("é" * 4, "x", limit=10) == '"éééé"'.encode()
+    with pytest.raises(StateSerializationError, match=r"x: 11 bytes as JSON are more than max_value_bytes \(10\)"):
+        codec.encode("é" * 4 + "e", "x", limit=10)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ({"a": {"b": [0, {"c": {1}}]}}, "x.a.b[1].c"),
+        ([[["\ud800"]]], "x[0][0][0]"),
+        ({"a": ["fine", {"b": "\udfff"}]}, "x.a[1].b"),
+        ({"a": {"\ud800": 1}}, "x.a.'\\ud800'"),
+        ({"a": 1, "b": {2: 3}}, "x.b"),
+        ("\ud800", "x"),
+    ],
+)
+def test_the_path_leads_to_the_culprit(value: Any, path: str) -> None:
+    with pytest.raises(StateSerializationError) as caught:
+        codec.encode(value, "x", context_id="c")
+    assert caught.value.path == path
+    assert caught.value.context_id == "c"
+    assert str(caught.value).startswith(f"{path}: ")
+    str(caught.value).encode()  # a message that can be logged, whatever it is about
+
+
+def test_the_error_says_what_to_do_instead() -> None:
+    for value, hint in ((b"x", "base64"), ({1}, "sorted list"), (float("nan"), "None")):
+        with pytest.raises(StateSerializationError, match=hint):
+            codec.encode(value, "x")
+
+
+class Text(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "not what it holds"
+
+
+class Number(int):
+    def __repr__(self) -> str:
+        return "five"
+
+
+class Fraction(float):
+    def __repr__(self) -> str:
+        return "half"
+
+
+def test_subclasses_of_json_types_are_stored_as_what_they_hold() -> None:
+    assert codec.encode(Text("text"), "x") == b'"text"'
+    assert codec.encode([Number(5), Fraction(0.5)], "x") == b"[5,0.5]"
+    assert codec.encode({Text("key"): Text("value")}, "x") == b'{"key":"value"}'
+    defaults: dict[str, int] = types.SimpleNamespace(a=1).__dict__
+    assert codec.encode(defaults, "x") == b'{"a":1}'
+    with pytest.raises(StateSerializationError):
+        codec.encode(Fraction("inf"), "x")
+    with pytest.raises(StateSerializationError):
+        codec.encode(Number(10**4300), "x")
+
+
+@pytest.fixture
+def short_integers() -> Iterator[None]:
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    yield
+    sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.usefixtures("short_integers")
+def test_a_process_may_set_a_lower_limit_for_integers() -> None:
+    assert codec.decode(codec.encode(10**600, "x")) == 10**600
+    with pytest.raises(StateSerializationError, match="digits"):
+        codec.encode([10**700], "x")
+
+
+# --- dataclasses ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inner:
+    at: datetime
+    day: date | None = None
+
+
+@dataclass
+class Outer:
+    name: str
+    inner: Inner
+    many: list[Inner] = field(default_factory=list)
+    by_name: dict[str, Inner] = field(default_factory=dict)
+    times: list[datetime] = field(default_factory=list)
+    maybe: datetime | None = None
+    either: int | str = 0
+
+
+@dataclass_json(letter_case=LetterCase.CAMEL)
+@dataclass
+class Camel:
+    user_name: str
+    at_noon: datetime = field(
+        metadata=config(encoder=datetime.isoformat, decoder=datetime.fromisoformat),
+    )
+
+
+@dataclass
+class Mixed(DataClassJsonMixin):
+    left: int
+    right: list[int]
+
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def test_a_dataclass_comes_back_with_its_times() -> None:
+    inner = Inner(NOON, date(2026, 2, 1))
+    value = Outer("n", inner, [inner, Inner(NOON)], {"k": inner}, [NOON], NOON, "2026-01-31")
+    back = codec.decode_as(Outer, codec.decode(codec.encode(value, "x")))
+    assert back == value
+
+
+def test_a_dataclass_of_dataclasses_json_keeps_its_own_settings() -> None:
+    value = Camel("alice", NOON)
+    text = codec.encode(value, "x")
+    assert codec.decode(text) == {"userName": "alice", "atNoon": "2026-01-31T12:00:00+00:00"}
+    assert codec.decode_as(Camel, codec.decode(text)) == value
+    assert codec.decode_as(Mixed, codec.decode(codec.encode(Mixed(1, [2]), "x"))) == Mixed(1, [2])
+
+
+def test_what_is_no_dataclass_cannot_be_decoded_into() -> None:
+    with pytest.raises(TypeError, match="dataclass"):
+        codec.decode_as(dict, {})
+    with pytest.raises(KeyError):
+        codec.decode_as(Inner, {})
+
+
+# --- messages and keys ----------------------------------------------------------------------------------------------
+
+
+def test_a_message_has_four_fields_in_their_order() -> None:
+    text = codec.message("user", "hi", {"k": (1,)}, None)
+    message = codec.decode(text)
+    assert list(message) == ["role", "content", "timestamp", "metadata"]
+    assert (message["role"], message["content"], message["metadata"]) == ("user", "hi", {"k": [1]})
+    now = datetime.fromisoformat(message["timestamp"])
+    assert now.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - now) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("2026-01-31T12:00:00.000000+00:00", "2026-01-31T12:00:00.000000+00:00"),
+        ("2026-01-31T12:00:00", "2026-01-31T12:00:00.000000+00:00"),
+        ("2026-01-31T12:00:00Z", "2026-01-31T12:00:00.000000+00:00"),
+        ("2026-01-31T14:00:00.5+02:00", "2026-01-31T12:00:00.500000+00:00"),
+        (NOON, "2026-01-31T12:00:00.000000+00:00"),
+        (NOON.replace(tzinfo=None), "2026-01-31T12:00:00.000000+00:00"),
+        (NOON.astimezone(timezone(timedelta(hours=-5))), "2026-01-31T12:00:00.000000+00:00"),
+    ],
+)
+def test_a_timestamp_is_stored_in_utc_with_its_offset(given: Any, stored: str) -> None:
+    assert codec.decode(codec.message("user", "", None, given))["timestamp"] == stored
+
+
+@pytest.mark.parametrize("timestamp", ["yesterday", "", 5, b"2026-01-31", [], "2026-13-01T00:00:00"])
+def test_a_timestamp_is_iso_8601(timestamp: Any) -> None:
+    with pytest.raises(StateSerializationError, match="timestamp"):
+        codec.message("user", "", None, timestamp)
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("text", "messages[3]"),
+        ({"role": "user"}, "messages[3]"),
+        ({"role": "user", "content": "", "name": "x"}, "messages[3]"),
+        ({"role": 5, "content": ""}, "messages[3].role"),
+        ({"role": "user", "content": [b""]}, "messages[3].content[0]"),
+        ({"role": "user", "content": "", "metadata": {"k": {1}}}, "messages[3].metadata.k"),
+        ({"role": "user", "content": "", "metadata": [1]}, "messages[3].metadata"),
+        ({"role": "user", "content": "", "timestamp": "never"}, "messages[3].timestamp"),
+    ],
+)
+def test_a_bad_message_is_refused_with_its_path(given: Any, path: str) -> None:
+    with pytest.raises(StateSerializationError) as caught:
+        codec.message_from_mapping(given, "messages[3]", context_id="c")
+    assert caught.value.path == path
+    assert caught.value.context_id == "c"
+    assert str(caught.value).startswith(path + ":")
+
+
+def test_a_message_counts_as_a_whole_against_the_limit() -> None:
+    text = codec.message("user", "x" * 100, {"k": "v"}, None)
+    assert codec.message("user", "x" * 100, {"k": "v"}, None, limit=len(text)) is not None
+    with pytest.raises(StateSerializationError, match="max_value_bytes"):
+        codec.message("user", "x" * 100, {"k": "v"}, None, limit=len(text) - 1)
+
+
+def test_a_key_is_any_text_that_is_valid_unicode() -> None:
+    assert codec.key("", "key") == ""
+    assert codec.key("\0🙂", "key") == "\0🙂"
+    assert type(codec.key(Text("k"), "key")) is str
+    assert codec.key(Text("k"), "key") == "k"
+    for bad in (1, None, b"k", "\ud800"):
+        with pytest.raises(StateSerializationError) as caught:
+            codec.key(bad, "variables", "c")
+        assert (caught.value.path, caught.value.context_id) == ("variables", "c")
