@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
-from .calls import Calls, Each, Emit, Emits, InOrder, Sleep, Step
+from .batches import Batch, Turn
+from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
+from .calllog import logged
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
@@ -29,16 +31,16 @@ _ONE_OPERATION = (Commit, Query)
 Call = Callable[Concatenate["ConversationContext", P], R]
 
 
-def _awaitable(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P, Coroutine[Any, Any, R]]:
+def _awaitable(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, Coroutine[Any, Any, R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._run(call(self, *args, **kwargs))
 
     return calls.describe(method, call, "{}")
 
 
-def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
+def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
-        steps = calls.logged(call(self, *args, **kwargs))
+        steps = logged(call(self, *args, **kwargs))
         outcome: Any = None
         while True:
             try:
@@ -55,7 +57,7 @@ def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P
     return calls.describe(method, call, "AsyncIterator[{}]")
 
 
-class ConversationContext(calls.Caller):
+class ConversationContext(Caller):
     """Conversations, for asyncio: every operation is awaited, and the event loop is never blocked.
 
     `storage` defaults to memory. With `user_id` the context is bound to that user: it owns what it creates, lists and
@@ -133,7 +135,7 @@ class ConversationContext(calls.Caller):
 
     async def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
-        steps = calls.logged(steps)
+        steps = logged(steps)
         storage = self.storage
         try:
             step = next(steps)
@@ -169,7 +171,7 @@ class ConversationContext(calls.Caller):
         return _raised((await _carry_out(self.storage, (operation,)))[0])
 
 
-class AsyncBatch(calls.Batch):
+class AsyncBatch(Batch):
     """Writes that are committed as one at the end of an ``async with`` block. Its methods are plain calls."""
 
     _caller: ConversationContext
@@ -184,7 +186,7 @@ class AsyncBatch(calls.Batch):
         await self._caller._run(self._finish(error is not None))
 
 
-class AsyncTurn(calls.Turn):
+class AsyncTurn(Turn):
     """A batch that holds the conversation's lease during its ``async with`` block. Its methods are plain calls."""
 
     _caller: ConversationContext

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-from .calls import LOGGED_AS
+from .calllog import LOGGED_AS
 from .errors import StateConfigError
 
 _PACKAGES = ("src", "src.agent")

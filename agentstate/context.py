@@ -12,7 +12,9 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
-from .calls import Calls, Each, Emit, Emits, InOrder, Sleep, Step
+from .batches import Batch, Turn
+from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
+from .calllog import logged
 from .errors import StateError
 from .operations import Outcome
 
@@ -21,16 +23,16 @@ R = TypeVar("R")
 Call = Callable[Concatenate["SyncConversationContext", P], R]
 
 
-def _blocking(call: Callable[Concatenate[calls.Caller, P], Calls[R]]) -> Call[P, R]:
+def _blocking(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, R]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._run(call(self, *args, **kwargs))
 
     return calls.describe(method, call, "{}")
 
 
-def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
+def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        steps = calls.logged(call(self, *args, **kwargs))
+        steps = logged(call(self, *args, **kwargs))
         outcome: Any = None
         while True:
             try:
@@ -46,7 +48,7 @@ def _iterating(call: Callable[Concatenate[calls.Caller, P], Emits[R]]) -> Call[P
     return calls.describe(method, call, "Iterator[{}]")
 
 
-class SyncConversationContext(calls.Caller):
+class SyncConversationContext(Caller):
     """Conversations, for code that blocks: scripts, threads, embedded devices.
 
     `storage` defaults to memory. With `user_id` the context is bound to that user: it owns what it creates, lists and
@@ -112,7 +114,7 @@ class SyncConversationContext(calls.Caller):
 
     def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
-        steps = calls.logged(steps)
+        steps = logged(steps)
         try:
             step = next(steps)
             while True:
@@ -148,7 +150,7 @@ class SyncConversationContext(calls.Caller):
         return outcomes
 
 
-class SyncBatch(calls.Batch):
+class SyncBatch(Batch):
     """Writes that are committed as one at the end of a ``with`` block."""
 
     _caller: SyncConversationContext
@@ -161,7 +163,7 @@ class SyncBatch(calls.Batch):
         self._caller._run(self._finish(error is not None))
 
 
-class SyncTurn(calls.Turn):
+class SyncTurn(Turn):
     """A batch that holds the conversation's lease during its ``with`` block."""
 
     _caller: SyncConversationContext

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentstate.calls import new_commit_id
+from agentstate.caller import new_commit_id
 from agentstate.context import SyncConversationContext
 from agentstate.operations import Append, Change, Commit, Put, Query, Restore, Snapshot, Space, Window
 from agentstate.storage.base import StateStorage

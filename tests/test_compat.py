@@ -67,10 +67,10 @@ def test_installing_again_changes_nothing(run: Run) -> None:
     program = """
         import sys
         import src.agent.context
-        before = src, src.agent, src.agent.context, list(agentstate.calls.LOGGED_AS)
+        before = src, src.agent, src.agent.context, list(agentstate.calllog.LOGGED_AS)
         agentstate.compat.install()
-        assert before == (src, src.agent, src.agent.context, agentstate.calls.LOGGED_AS)
-        print(agentstate.calls.LOGGED_AS)
+        assert before == (src, src.agent, src.agent.context, agentstate.calllog.LOGGED_AS)
+        print(agentstate.calllog.LOGGED_AS)
     """
     assert succeed(run(INSTALL + textwrap.dedent(program))) == "['agentstate.context', 'src.agent.context']\n"
 

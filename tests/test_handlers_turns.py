@@ -23,7 +23,8 @@ from agentstate import (
     SyncConversationContext,
     TurnLostError,
     ValkeyStorage,
-    calls,
+    batches,
+    caller,
     stateful,
 )
 from agentstate.operations import Lease
@@ -374,12 +375,12 @@ def test_the_consumer_of_a_generator_is_not_inside_the_turn(storage: InMemorySto
 
     async def consume() -> None:
         async for _ in stream(TASK):
-            assert calls._turns.get() == ()
+            assert caller.held_turns.get() == ()
             await ConversationContext(storage).set_variable("alice", "k", "outside")
 
-    before = calls._turns.get()
+    before = caller.held_turns.get()
     for _ in handler(TASK):
-        assert calls._turns.get() == before
+        assert caller.held_turns.get() == before
         steal(storage)
         SyncConversationContext(storage).set_variable("alice", "k", "outside")
     storage._leases.clear()
@@ -495,7 +496,7 @@ def test_waiting_in_vain_is_an_error_and_the_handler_has_not_run(
     storage: InMemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    monkeypatch.setattr(calls.Turn, "__init__", impatient(calls.Turn.__init__))
+    monkeypatch.setattr(batches.Turn, "__init__", impatient(batches.Turn.__init__))
     steal(storage)
     with pytest.raises(StateTimeoutError, match=r"waited 0\.1 s in vain for the turn on 'alice'"):
         stateful(storage, serialize_turns=True)(lambda task, context_id: runs.append(1))(TASK)

@@ -1,0 +1,201 @@
+"""Writes that are committed as one: `Batch`, and `Turn`, which also holds the conversation's lease."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import codec
+from .caller import (
+    Caller,
+    Calls,
+    HeldTurn,
+    Sleep,
+    check_commit_id,
+    entries,
+    held_turns,
+    increment,
+    message_texts,
+    natural,
+    positive,
+    put,
+    state_changes,
+)
+from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
+from .keys import check_context_id
+from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
+from .storage.renewal import keep_renewing
+
+
+class Batch:
+    """Collects writes to one context, to be committed as one. The methods are those of the contexts, without
+    `context_id`; nothing is sent, and so nothing can be answered, before the end."""
+
+    def __init__(self, caller: Caller, context_id: str, commit_id: str | None) -> None:
+        self._caller = caller
+        self._context_id = check_context_id(context_id)
+        self._commit_id = None if commit_id is None else check_commit_id(commit_id)
+        self._changes: list[Change] = []
+        self._open = False
+
+    def _record(self, *changes: Change) -> None:
+        if not self._open:
+            raise StateConflictError(
+                "this batch is not open; use it inside its with block", context_id=self._context_id
+            )
+        self._changes += changes
+
+    def _enter(self) -> None:
+        if self._open:
+            raise StateConflictError("this batch is open already", context_id=self._context_id)
+        self._open = True
+        self._changes = []
+
+    def _finish(self, failed: bool) -> Calls[None]:
+        """Commit what was collected, unless the block failed."""
+        self._open = False
+        if self._changes and not failed:
+            yield self._caller._commit(self._context_id, self._commit_id, *self._changes)
+
+    def add_to_history(
+        self, role: str, content: Any, metadata: Mapping[str, Any] | None = None, *, timestamp: str | None = None
+    ) -> None:
+        """Append a message."""
+        limit = self._caller.storage.max_value_bytes
+        text = codec.message(role, content, metadata, timestamp, context_id=self._context_id, limit=limit)
+        self._record(Append((text,)))
+
+    def extend_history(self, messages: Iterable[Mapping[str, Any]]) -> None:
+        """Append messages."""
+        texts = message_texts(self._caller, self._context_id, messages)
+        self._record(*([Append(texts)] if texts else []))
+
+    def trim_history(self, keep: int) -> None:
+        """Drop all messages but the last `keep`, those of this batch included."""
+        self._record(Trim(natural("keep", keep)))
+
+    def clear_history(self) -> None:
+        """Drop all messages."""
+        self._record(Trim(0))
+
+    def set_variable(self, key: str, value: Any) -> None:
+        """Set a variable."""
+        self._record(put(self._caller, Space.VARIABLES, self._context_id, key, value))
+
+    def set_variables(self, variables: Mapping[str, Any]) -> None:
+        """Set several variables."""
+        changed = entries(self._caller, self._context_id, variables, "variables")
+        self._record(*([Put(Space.VARIABLES, changed)] if changed else []))
+
+    def delete_variable(self, key: str) -> None:
+        """Remove a variable."""
+        self._record(Drop(Space.VARIABLES, codec.key(key, "key", self._context_id)))
+
+    def increment_variable(self, key: str, by: float = 1) -> None:
+        """Add to a variable. If it turns out to be no number, the whole batch is a StateConflictError."""
+        self._record(increment(self._caller, self._context_id, key, by))
+
+    def set_metadata(self, key: str, value: Any) -> None:
+        """Set a metadata key."""
+        self._record(put(self._caller, Space.METADATA, self._context_id, key, value))
+
+    def delete_metadata(self, key: str) -> None:
+        """Remove a metadata key."""
+        self._record(Drop(Space.METADATA, codec.key(key, "key", self._context_id)))
+
+    def update_state(self, **fields: Any) -> None:
+        """Replace whole fields of the state."""
+        self._record(*state_changes(self._caller, self._context_id, fields))
+
+    def clear_context(self) -> None:
+        """Delete the context; what the batch writes after this makes a new one."""
+        self._record(Delete())
+
+
+class Turn(Batch):
+    """A batch that also holds the context's lease: one turn at a time, across threads, processes and machines."""
+
+    def __init__(
+        self, caller: Caller, context_id: str, lease: float, timeout: float | None, commit_id: str | None
+    ) -> None:
+        super().__init__(caller, context_id, commit_id)
+        self._lease = positive("lease", lease)
+        self._timeout = self._lease + 10 if timeout is None else positive("timeout", timeout, zero=True)
+        self.token = ""
+        """The fencing token of the turn while it is held."""
+
+    def _lease_step(self, action: Any) -> Lease:
+        caller = self._caller
+        return Lease(self._context_id, action, self.token, self._lease, caller.user_id, caller._deadline())
+
+    def _take(self, *, track: bool = True) -> Calls[None]:
+        """Wait for the lease. `track`: writes of the running code through the caller carry the fence from now on."""
+        if self._caller._fence(self._context_id) is not None:
+            raise StateConflictError(
+                f"a turn on {self._context_id!r} is held here already; turns do not nest", context_id=self._context_id
+            )
+        self._enter()
+        self.token = os.urandom(12).hex()
+        give_up = time.monotonic() + self._timeout
+        pause = 0.002
+        unanswered = False
+        try:
+            while True:
+                unanswered = True
+                taken = yield self._lease_step("take")
+                unanswered = False
+                if taken:
+                    break
+                left = give_up - time.monotonic()
+                if left <= 0:
+                    raise StateTimeoutError(
+                        f"waited {self._timeout:g} s in vain for the turn on {self._context_id!r}",
+                        context_id=self._context_id,
+                    )
+                yield Sleep(min(pause, left))
+                pause = min(pause * 1.5, 0.1)
+        except BaseException as error:
+            self._open = False
+            if unanswered and isinstance(error, GeneratorExit | StateOutcomeUnknownError):
+                self._give_back()  # it may be held, though nobody heard of it
+            raise
+        if track:
+            held_turns.set((*held_turns.get(), HeldTurn(self._caller, self._context_id, self.token)))
+        self._renewal = keep_renewing(self._caller.storage, self._lease_step("renew"))
+
+    def _end(self, failed: bool) -> Calls[None]:
+        """Commit what was collected, with the fence, unless the block failed; give the lease back in any case."""
+        interrupted = False
+        try:
+            if self._changes and not failed:
+                commit = self._caller._commit(self._context_id, self._commit_id, *self._changes)
+                yield commit._replace(fence=self.token)
+        except GeneratorExit:
+            interrupted = True
+            raise
+        finally:
+            self._open = False
+            self._renewal.stop()
+            held_turns.set(tuple(turn for turn in held_turns.get() if turn.token != self.token))
+            if interrupted:
+                self._give_back()
+            else:
+                yield from self._release()
+
+    def _give_back(self) -> None:
+        """Give the lease back without waiting for it, where the code that would have waited was cancelled."""
+        self._caller.storage.dispatcher.submit((self._lease_step("release"),), lambda _: None)
+
+    def _release(self) -> Calls[None]:
+        try:
+            yield self._lease_step("release")
+        except GeneratorExit:
+            self._give_back()
+            raise
+        except StateError as error:
+            # The lease ends by itself; the outcome of the turn is known and must not be replaced by this.
+            from logging import getLogger
+
+            getLogger("agentstate.context").warning("a turn's lease was not given back, and will expire: %s", error)

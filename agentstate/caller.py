@@ -1,0 +1,243 @@
+"""What both contexts are made of: a storage and a user, the steps of calls, commit ids, and changes put together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextvars import ContextVar
+from itertools import count
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from . import codec
+from .errors import StateAccessError
+from .keys import check_context_id, check_user_id
+from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim
+
+if TYPE_CHECKING:
+    from .storage.base import StateStorage
+
+R = TypeVar("R")
+
+UPDATABLE = ("user_id", "variables", "metadata", "history")
+"""The fields that `update_state` sets."""
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+class Sleep(NamedTuple):
+    """A step: let `seconds` pass."""
+
+    seconds: float
+
+
+class InOrder(NamedTuple):
+    """A step: operations on one context, one after the other. Outcome: the list of their outcomes."""
+
+    operations: tuple[Operation, ...]
+
+
+class Each(NamedTuple):
+    """A step: independent operations. Outcome: the list of their outcomes, errors as values."""
+
+    operations: list[Operation]
+
+
+class Emit(NamedTuple, Generic[R]):
+    """A step of an iterator: hand these items out."""
+
+    items: list[R]
+
+
+Step: TypeAlias = Operation | Sleep | InOrder | Each
+Calls: TypeAlias = Generator[Step, Any, R]
+"""What a documented call is here; R is what it returns to the caller."""
+
+Emits: TypeAlias = Generator[Operation | Emit[R], Any, None]
+"""What a documented iterator is here; R is what it hands out."""
+
+
+# --- commit ids and turns -------------------------------------------------------------------------------------------
+
+_process_id = os.urandom(6).hex()
+_commit_number = count(1)
+
+
+def new_commit_id() -> str:
+    """An id that no other commit has: random per process, then counted."""
+    return f"{_process_id}-{next(_commit_number):x}"
+
+
+def _new_process_id() -> None:
+    global _process_id
+    _process_id = os.urandom(6).hex()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_process_id)
+
+
+class HeldTurn(NamedTuple):
+    """A turn that the running code is inside of."""
+
+    caller: Caller
+    context_id: str
+    token: str
+
+
+held_turns: ContextVar[tuple[HeldTurn, ...]] = ContextVar("agentstate_turns", default=())
+
+
+class Caller:
+    """What both contexts are: a storage, the user they are bound to, and the turns held through them."""
+
+    degraded: bool = False
+    """Whether this stands in for a storage that cannot be reached (`on_unavailable="ephemeral"`)."""
+
+    def __init__(self, storage: StateStorage | None = None, *, user_id: str | None = None) -> None:
+        if storage is None:
+            from .storage.memory import InMemoryStorage
+
+            storage = InMemoryStorage()
+        self.storage = storage
+        self.user_id = None if user_id is None else check_user_id(user_id)
+        self._fences: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        bound = f", user_id={self.user_id!r}" if self.user_id is not None else ""
+        return f"{type(self).__name__}({self.storage!r}{bound})"
+
+    def holding(self: CallerT, context_id: str, token: str) -> CallerT:
+        """The same context, for code that runs inside a turn wherever it runs (contextvars do not matter to it)."""
+        twin = type(self)(self.storage, user_id=self.user_id)
+        twin._fences = {**self._fences, context_id: token}
+        twin.degraded = self.degraded
+        return twin
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.storage.deadline
+
+    def _fence(self, context_id: str) -> str | None:
+        """The token of the turn on this context that the running code is inside of."""
+        token = self._fences.get(context_id)
+        if token is not None:
+            return token
+        for turn in held_turns.get():
+            if turn.caller is self and turn.context_id == context_id:
+                return turn.token
+        return None
+
+    def _commit(self, context_id: str, commit_id: str | None, *changes: Change) -> Commit:
+        check_context_id(context_id)
+        if self.storage.max_history is not None and any(type(change) is Append for change in changes):
+            changes = (*changes, Trim(self.storage.max_history))
+        return Commit(
+            context_id,
+            changes,
+            new_commit_id() if commit_id is None else check_commit_id(commit_id),
+            self.user_id,
+            self._fence(context_id),
+            deadline=self._deadline(),
+        )
+
+    def _query(self, context_id: str, **what: Any) -> Query:
+        return Query(check_context_id(context_id), user=self.user_id, deadline=self._deadline(), **what)
+
+    def _encode(self, value: Any, name: str, context_id: str) -> bytes:
+        return codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
+
+    def _owner(self, user_id: str | None, context_id: str | None = None) -> str | None:
+        """The user that a call acts for: the given one, or the one this context is bound to."""
+        if user_id is None:
+            return self.user_id
+        if self.user_id is not None and user_id != self.user_id:
+            raise StateAccessError(f"this context is bound to {self.user_id!r}, not {user_id!r}", context_id=context_id)
+        return check_user_id(user_id)
+
+
+CallerT = TypeVar("CallerT", bound=Caller)
+
+
+def check_commit_id(commit_id: Any) -> str:
+    """`commit_id`, if it can be one: text of 1 to 200 characters of printable ASCII. Raises ValueError otherwise."""
+    if isinstance(commit_id, str) and 0 < len(commit_id) <= 200 and commit_id.isascii() and commit_id.isprintable():
+        return commit_id
+    raise ValueError(f"a commit_id is text of 1 to 200 printable ASCII characters, not {commit_id!r:.80}")
+
+
+# --- changes --------------------------------------------------------------------------------------------------------
+
+
+def state_changes(self: Caller, context_id: str, fields: Mapping[str, Any]) -> list[Change]:
+    """The changes that replace these fields of the state."""
+    changes: list[Change] = []
+    for field, value in fields.items():
+        if field == "user_id":
+            changes.append(Own(None if value is None else self._owner(value, context_id)))
+        elif field == "variables":
+            changes.append(Put(Space.VARIABLES, entries(self, context_id, value, field), replace=True))
+        elif field == "metadata":
+            changes.append(Put(Space.METADATA, entries(self, context_id, value, field), replace=True))
+        elif field == "history":
+            texts = message_texts(self, context_id, value)
+            changes += [Trim(0), Append(texts)] if texts else [Trim(0)]
+        else:
+            raise TypeError(f"update_state() cannot set {field!r}; fields are {', '.join(UPDATABLE)}")
+    return changes
+
+
+def message_texts(self: Caller, context_id: str, messages: Iterable[Mapping[str, Any]]) -> tuple[bytes, ...]:
+    """The stored forms of messages given as mappings."""
+    limit = self.storage.max_value_bytes
+    return tuple(
+        codec.message_from_mapping(given, f"messages[{index}]", context_id=context_id, limit=limit)
+        for index, given in enumerate(messages)
+    )
+
+
+def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
+    """The change that adds `by`. Raises TypeError or ValueError unless it is an integer or a finite float."""
+    if isinstance(by, bool) or not isinstance(by, int | float):
+        raise TypeError(f"by is an integer or a float, not {type(by).__name__}")
+    if by != by or abs(by) == inf:  # not isfinite(): it fails for large integers
+        raise ValueError(f"by is finite, not {by!r}")
+    return Increment(codec.key(key, "key", context_id), self._encode(by, "by", context_id))
+
+
+def put(self: Caller, space: Space, context_id: str, key: str, value: Any) -> Put:
+    name = codec.key(key, "key", context_id)
+    return Put(space, ((name, self._encode(value, name, context_id)),))
+
+
+def entries(self: Caller, context_id: str, values: Mapping[str, Any], what: str) -> tuple[tuple[str, bytes], ...]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} is a mapping of names to values, not {type(values).__name__}")
+    return tuple(
+        (codec.key(name, what, context_id), self._encode(value, f"{what}.{name}", context_id))
+        for name, value in values.items()
+    )
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def count_or_none(option: str, value: int | None) -> int | None:
+    return None if value is None else natural(option, value)
+
+
+def natural(option: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{option} is a whole number, not {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{option} must not be negative, and is {value}")
+    return value
+
+
+def positive(option: str, value: float, *, zero: bool = False, unit: str = "seconds") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{option} is a number of {unit}, not {type(value).__name__}")
+    if not isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{option} is a {'' if zero else 'positive '}number of {unit}, not {value!r}")
+    return value
