@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
-from ..operations import Operation, Outcome
+from ..operations import NEVER, Operation, Outcome
 from .dispatch import Dispatcher
 from .renewal import forget_after_fork
 
@@ -95,7 +95,12 @@ class StateStorage(ABC):
             self.closed = True
 
     def call(self, operation: Operation) -> Outcome:
-        """Carry out one operation in this thread, and return its outcome or raise its error."""
+        """Carry out one operation in this thread, and return its outcome or raise its error.
+
+        One without a deadline gets that of the storage.
+        """
+        if operation.deadline == NEVER:
+            operation = operation._replace(deadline=time.monotonic() + self.deadline)
         outcomes: list[Outcome | StateError] = []
         self.execute((operation,), lambda _, outcome: outcomes.append(outcome))
         outcome = outcomes[0]

@@ -1,0 +1,317 @@
+"""Every code block of README.md and of docs/ is run, and every link leads somewhere.
+
+A page's blocks are run in order, in one fresh process and directory (`run_page`, at the end of this file):
+
+- `python`: run, with the names of the page's earlier blocks; `await` works at the top level. Lines that begin with
+  ``#> `` are what the block prints, and must be exactly that.
+- `bash`: run by bash; `examples/` is there, and `python` and `.venv/bin/python` are this Python. Where a page runs
+  pytest, only `SOME_TESTS` are run, for time: test_third_party.py has the whole contract of such a backend.
+- `yaml`: read by `load_config`.
+
+``valkey://localhost:6379`` becomes a real server's URL. An HTML comment in the line before a block changes this:
+
+- ``<!-- not run: REASON -->``
+- ``<!-- error: TEXT -->``: the block must fail with a StateError whose message holds TEXT
+- ``<!-- file: NAME -->``: the block is also kept as that file for the blocks that follow (python is then not run)
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "yaml"}
+SHOWN_ONLY = {"", "text", "json"}
+SOME_TESTS = "metadata or conversation"
+LOCAL_URL = re.compile(r"valkey://localhost:6379(/0)?\b")
+
+_FENCE = re.compile(r"^```(\S*)\s*$")
+_MARK = re.compile(r"^<!-- (not run|error|file): (.+) -->$")
+
+
+class Block(NamedTuple):
+    """A fenced block. `line` is that of its first line of code; `marks` are the comments before it."""
+
+    language: str
+    line: int
+    text: str
+    marks: dict[str, str]
+
+
+def blocks_of(text: str) -> list[Block]:
+    blocks: list[Block] = []
+    lines = text.split("\n")
+    marks: dict[str, str] = {}
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        if mark := _MARK.match(line):
+            marks[mark[1]] = mark[2]
+        elif fence := _FENCE.match(line):
+            end = lines.index("```", number)
+            blocks.append(Block(fence[1], number + 1, "\n".join(lines[number:end]) + "\n", marks))
+            marks, number = {}, end + 1
+        elif line.strip():
+            marks = {}
+    return blocks
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = ""
+    if any(LOCAL_URL.search(block.text) for block in blocks_of(page.read_text(encoding="utf-8"))):
+        # A database of its own for each page, on a server of ours: what a page leaves there disturbs nobody.
+        url = f"{request.getfixturevalue('valkey_9').url.removesuffix('/0')}/{PAGES.index(page)}"
+    lay_out(tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "AGENTSTATE_CONFIG"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    result = subprocess.run(
+        [sys.executable, "-W", "error", __file__, str(page), url],
+        cwd=tmp_path,
+        env={**environment, "PYTHONIOENCODING": "utf-8", "PYTEST_ADDOPTS": f'-k "{SOME_TESTS}"'},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=150,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def lay_out(folder: Path) -> None:
+    """What the commands of a page find where they are run: the examples, and an environment with this Python."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    # (A link to a Python would be a Python without what is installed beside it.)
+    script(folder / ".venv" / "bin" / "python", f'exec {shlex.quote(sys.executable)} "$@"')
+    script(folder / ".venv" / "bin" / "agentstate", f'exec {shlex.quote(sys.executable)} -m agentstate "$@"')
+
+
+def script(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        assert block.language in LANGUAGES | SHOWN_ONLY, f"{name_of(page)}:{block.line}: which language is this?"
+        assert block.language in LANGUAGES or not block.marks, f"{name_of(page)}:{block.line}: a mark without effect"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in links_of(page):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{name_of(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors_of(file), f"{name_of(page)} links to {target}#{anchor}, which does not exist"
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached:
+            reached.add(page)
+            linked = ((page.parent / target).resolve() for target, _ in links_of(page) if target.endswith(".md"))
+            waiting += [file for file in linked if file in PAGES]
+    assert reached == set(PAGES)
+
+
+def links_of(page: Path) -> Iterator[tuple[str, str]]:
+    """The relative links of a page: file and anchor."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in link:
+            target, _, anchor = link.partition("#")
+            yield target, anchor
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#{1,6} (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+# --- the README's two commands --------------------------------------------------------------------------------------
+
+
+def commands_of_the_readme() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block.text for block in blocks_of(text) if block.language == "bash"]
+    return [line for block in blocks for line in block.splitlines() if "-m venv" in line]
+
+
+def test_the_first_command_of_the_readme_installs_and_starts_a_conversation(tmp_path: Path) -> None:
+    """To the letter, except that `-m venv` and `pip` here only see what they are asked for.
+
+    (That the installation works is shown by every tox environment, which is such an installation.)
+    """
+    lay_out(tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    script(tools / "python3", 'test "$*" = "-m venv .venv"')
+    script(tmp_path / ".venv" / "bin" / "pip", 'echo "$@" > asked')
+    outputs = []
+    for typed in ("Remember that I like tea\n", "What do you remember?\n"):
+        result = subprocess.run(
+            ["bash", "-c", commands_of_the_readme()[0]],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+            input=typed,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert (tmp_path / "asked").read_text() == "install .[cli]\n"
+    assert "I will remember: you like tea." in outputs[0]
+    assert "I remember: you like tea." in outputs[1]
+
+
+def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
+    assert commands_of_the_readme()[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert len(commands_of_the_readme()) == 2
+
+
+# --- nothing is left out --------------------------------------------------------------------------------------------
+
+
+def text_of(page: str) -> str:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_every_operation_is_run_on_the_page_of_operations() -> None:
+    from agentstate import ConversationContext, SyncConversationContext
+
+    code = "".join(block.text for block in blocks_of(text_of("operations.md")) if block.language == "python")
+    for context in (ConversationContext, SyncConversationContext):
+        for name in public_methods(context):
+            assert re.search(rf"\.{name}\(", code) or name == "holding", f"operations.md never calls {name}"
+
+
+def public_methods(cls: type) -> list[str]:
+    return [name for name, _ in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")]
+
+
+def test_every_error_is_on_the_page_of_errors() -> None:
+    from agentstate import errors
+
+    names = [name for name, cls in vars(errors).items() if inspect.isclass(cls) and issubclass(cls, Exception)]
+    assert len(names) == 12
+    for name in names:
+        assert f"`{name}`" in text_of("errors.md")
+
+
+def test_every_key_of_the_configuration_is_on_its_page() -> None:
+    from agentstate.config import config_table
+
+    assert config_table().strip() in text_of("configuration.md"), "paste the output of agentstate.config.config_table()"
+
+
+def test_every_heading_of_the_reference_is_answered() -> None:
+    headings = """
+        Storage Backends, Memory Storage, File Storage, Valkey Storage, Configuration, Valkey Backend
+        Configuration, Production Valkey Configuration, Multi-Valkey Setup, File Storage Configuration, Memory
+        Storage Configuration, The @stateful Decorator, Decorator Parameters, Injected Parameters, Working with
+        Variables, Conversation History, Metadata Management, Context Management, Using AgentUp CLI, Manual
+        Implementation, User Preference Learning, Long-Running Task Management, Performance, Data Management,
+        Security, Unit Testing, Integration Testing, Development Environment, Testing Environment, Production
+        Environment, Issue 1: State Not Persisting, Issue 2: Valkey Connection Failed, Issue 3: Import Error,
+        Common Issues, Configuration Validation, Test State Operations, Debugging, From Memory to File, From
+        File to Valkey, Upgrading from Previous Versions, Examples, Configuration Management, Handler Design,
+        Testing, Next Steps
+    """
+    text = text_of("coming-from-agentup.md")
+    for heading in (" ".join(part.split()) for part in headings.split(",")):
+        assert heading in text, f"coming-from-agentup.md has no answer to {heading!r}"
+
+
+# --- the runner, in a process of its own ----------------------------------------------------------------------------
+
+
+def run_page(page: Path, url: str) -> None:
+    """Run all blocks of a page in this process and directory. Raises on the first that does not do what it shows."""
+    module = types.ModuleType("__main__")
+    sys.path.insert(0, os.getcwd())  # a page may make modules for its later blocks
+    sys.modules["__main__"] = module  # dataclasses and pickles of the page look for their names there
+    with asyncio.Runner() as runner:
+        for block in blocks_of(page.read_text(encoding="utf-8")):
+            if "not run" in block.marks or block.language not in LANGUAGES:
+                continue
+            text = LOCAL_URL.sub(url, block.text) if url else block.text
+            place = f"{name_of(page)}:{block.line}"
+            try:
+                with expected_error(block.marks.get("error")):
+                    run_block(block, text, place, module, runner)
+            except BaseException as error:
+                error.add_note(f"In the block at {place}")
+                raise
+
+
+@contextlib.contextmanager
+def expected_error(text: str | None) -> Iterator[None]:
+    from agentstate import StateError
+
+    if text is None:
+        yield
+    else:
+        with pytest.raises(StateError, match=re.escape(text)):
+            yield
+
+
+def run_block(block: Block, text: str, place: str, module: types.ModuleType, runner: asyncio.Runner) -> None:
+    if "file" in block.marks:
+        Path(block.marks["file"]).write_text(text, encoding="utf-8")
+    if block.language == "yaml":
+        from agentstate import load_config
+
+        path = Path(block.marks.get("file", "block.yaml"))
+        path.write_text(text, encoding="utf-8")
+        load_config(path)
+    elif block.language == "bash":
+        subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True, stdin=subprocess.DEVNULL)
+    elif "file" not in block.marks:
+        run_python(text, block.line, place, module, runner)
+
+
+def run_python(text: str, line: int, place: str, module: types.ModuleType, runner: asyncio.Runner) -> None:
+    padded = "\n" * (line - 1) + text  # so that a traceback names the line of the page
+    code: Any = compile(padded, place, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if code.co_flags & inspect.CO_COROUTINE:
+            runner.run(eval(code, module.__dict__))
+        else:
+            exec(code, module.__dict__)
+    shown = re.findall(r"^\s*#> ?(.*)$", text, re.MULTILINE)
+    said = printed.getvalue().splitlines()
+    if shown and said != shown:
+        raise AssertionError(f"{place} shows {json.dumps(shown, indent=1)}\nbut prints {json.dumps(said, indent=1)}")
+
+
+if __name__ == "__main__":
+    run_page(Path(sys.argv[1]), sys.argv[2])
