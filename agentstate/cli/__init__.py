@@ -1,0 +1,23 @@
+"""The command `agentstate`: look after conversations from a terminal or a script.
+
+`main` is the console script. It stands without click and rich, which come with the extra `cli`, and says so where
+they are missing. `app` puts the commands together and turns every failure into one line and an exit code; `store` is
+the options that choose a storage; `console` is how things are shown. The other modules are one group of commands each.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> int:
+    """Run the command that the process was started with, and return its exit code."""
+    missing = [name for name in ("click", "rich") if find_spec(name) is None]
+    if missing:
+        text = f"agentstate: the command line needs {' and '.join(missing)}: pip install 'agentstate[cli]'"
+        print(text, file=sys.stderr)
+        return 2
+    from .app import run
+
+    return run(sys.argv[1:])

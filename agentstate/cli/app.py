@@ -1,0 +1,171 @@
+"""All commands together, and how each of them ends: with one line on stderr, if it must, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import StateConfigError, StateError
+from . import chat, contexts, doctor, exits, setup, skill, transfers, verify
+from .console import fail, prepare_streams
+from .version import own_version
+
+_NAME = "agentstate"
+_COMPLETION_VARIABLE = "_AGENTSTATE_COMPLETE"
+
+_EXIT_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exits.MEANINGS.items())
+
+
+@click.group(
+    name=_NAME,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"\b\nExit codes:\n{_EXIT_CODES}",
+)
+@click.version_option(own_version(), message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", count=True, help="Log what is done to stderr; twice for every operation.")
+def cli(verbose: int) -> None:
+    """Look after the conversations that agents remember.
+
+    Commands use the storage that the configuration file names, or the one that their options choose. In a pipe,
+    tables are lines of fields with tabs between them; with --json, everything is JSON.
+
+    \b
+    Examples:
+      agentstate init                          write agent_config.yaml
+      agentstate doctor                        check that state can be kept
+      agentstate list                          what is there
+      agentstate show alice                    read a conversation
+      agentstate show alice --json | jq '.history[-3:]'
+      agentstate migrate ./conversation_states valkey://localhost:6379
+    """
+    if verbose:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("agentstate").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+    else:
+        logging.getLogger("agentstate").addHandler(_Warnings())
+
+
+class _Warnings(logging.Handler):
+    """Shows what libraries warn of as the command's own words."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fail(f"warning: {record.getMessage()}")
+
+
+for _module in (contexts, transfers, setup, doctor, verify, chat, skill):
+    for _command in _module.COMMANDS:
+        cli.add_command(_command)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options and ids of conversations.
+
+    \b
+    Examples:
+      eval "$(agentstate completion bash)"     in ~/.bashrc
+      eval "$(agentstate completion zsh)"      in ~/.zshrc
+      agentstate completion fish > ~/.config/fish/completions/agentstate.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, _NAME, _COMPLETION_VARIABLE).source())
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code. Every expected failure is one line on stderr."""
+    prepare_streams()
+    _take_signals()
+    code: int
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = exits.PIPE_CLOSED
+    except OSError as error:
+        if error.errno == errno.EINVAL and os.name == "nt":  # how a closed pipe looks there
+            code = exits.PIPE_CLOSED
+        else:
+            fail(_os_error_text(error))
+            code = exits.PROBLEM
+    except (KeyboardInterrupt, click.Abort):
+        code = exits.INTERRUPTED
+    except _Terminated:
+        code = exits.TERMINATED
+    if code in (exits.PIPE_CLOSED, exits.PROBLEM):
+        _give_up_output()
+    return code
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    if _COMPLETION_VARIABLE in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, _NAME, _COMPLETION_VARIABLE, os.environ[_COMPLETION_VARIABLE])
+    try:
+        with cli.make_context(_NAME, list(arguments)) as context:
+            result: Any = cli.invoke(context)
+            return result if isinstance(result, int) else exits.OK
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return exits.USAGE
+    except click.ClickException as error:
+        about = getattr(error, "ctx", None)
+        hint = (
+            f" (see {about.command_path} --help)" if about is not None and isinstance(error, click.UsageError) else ""
+        )
+        fail(error.format_message() + hint)
+        return error.exit_code
+    except StateError as error:
+        fail(_text_of(error))
+        return exits.code_of(error)
+
+
+def _text_of(error: StateError) -> str:
+    if isinstance(error, StateConfigError) and len(error.problems) > 1:
+        return f"{error.problems[0]} (and {len(error.problems) - 1} more: see `agentstate validate`)"
+    return str(error)
+
+
+def _os_error_text(error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else f"cannot write the output: {reason}"
+
+
+class _Terminated(BaseException):
+    """The process was asked to end; what is under way cleans up after itself."""
+
+
+def _take_signals() -> None:
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), terminate)
+
+
+def _give_up_output() -> None:
+    """Keep the interpreter from complaining at its end about output that nobody takes."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

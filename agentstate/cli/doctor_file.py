@@ -1,0 +1,164 @@
+"""What doctor looks at in the folder of the file storage."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+from ..keys import document_stem, file_stem
+from ..storage.base import StateStorage
+from . import console
+from .findings import Finding, note, ok, problem, warning
+
+_NETWORK: Final = frozenset(
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "ocfs2", "gfs2"),
+        *("fuse.sshfs", "fuse.glusterfs", "fuse.cephfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone", "davfs"),
+        *("vboxsf", "vmhgfs", "fuse.vmhgfs-fuse", "virtiofs"),
+    )
+)
+_VOLATILE: Final = frozenset(("tmpfs", "ramfs"))
+_OWN_FOLDERS: Final = (".locks", ".leases")
+_LITTLE_SPACE: Final = 100 * 1000 * 1000
+_LOOK_AT: Final = 200_000
+
+
+def look_at_folder(storage: StateStorage, options: dict[str, Any]) -> Iterator[Finding]:
+    path = os.path.abspath(options.get("storage_dir", "./conversation_states"))
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        yield from _look_at_parent(path)
+        return
+    except OSError as error:
+        yield problem("folder", f"{path}: {error.strerror}", "let this user read and write it")
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        yield problem("folder", f"{path} is no folder", "set storage_dir to one")
+        return
+    yield from _permissions(path, status)
+    yield from _disk(path)
+    yield from _durability(options)
+    yield from _files(path, str(options.get("layout", "log")))
+
+
+def _look_at_parent(path: str) -> Iterator[Finding]:
+    parent = os.path.dirname(path)
+    while not os.path.exists(parent) and parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        yield problem("folder", f"{path} cannot be made: {parent} is no folder", "set storage_dir to another place")
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield problem("folder", f"{path} cannot be made: {parent} is not writable", "let this user write there")
+    else:
+        yield note("folder", f"{path} is not there yet, and is made with the first conversation")
+        yield from _disk(parent)
+
+
+def _permissions(path: str, status: os.stat_result) -> Iterator[Finding]:
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        yield problem("folder", f"{path} is not readable and writable for this user", "chown or chmod it")
+        return
+    mode = stat.S_IMODE(status.st_mode)
+    if os.name != "nt" and mode & 0o077:
+        yield warning("folder", f"{path} is open to other users (mode {mode:o})", f"chmod 700 {path}")
+    else:
+        yield ok("folder", f"{path} is readable and writable" + ("" if os.name == "nt" else ", and closed to others"))
+
+
+def _disk(path: str) -> Iterator[Finding]:
+    kind = _file_system_of(path)
+    if kind in _NETWORK:
+        yield problem(
+            "file system", f"{path} is on {kind}, a network file system, whose locks cannot be relied on",
+            "use a local disk, or Valkey to share conversations between machines",
+        )  # fmt: skip
+    elif kind in _VOLATILE:
+        yield warning("file system", f"{path} is on {kind}: it is forgotten when the machine stops", "use a disk")
+    elif kind:
+        yield ok("file system", f"{kind}, on this machine")
+    if not hasattr(os, "statvfs"):
+        return
+    disk = os.statvfs(path)
+    free = disk.f_bavail * disk.f_frsize
+    if free < _LITTLE_SPACE:
+        yield problem("space", f"only {console.size_text(free)} are free", "free some space on that disk")
+    elif disk.f_files and disk.f_favail < 1000:
+        yield problem("space", f"only {disk.f_favail:,} files more fit on that disk (inodes)", "delete some files")
+    else:
+        yield ok("space", f"{console.size_text(free)} are free")
+
+
+def _file_system_of(path: str) -> str:
+    """The kind of the file system that holds a folder, as Linux names it; "" elsewhere."""
+    if sys.platform != "linux":
+        return ""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                before, _, after = line.partition(" - ")
+                mount = before.split()[4].encode().decode("unicode_escape")
+                inside = real == mount or real.startswith(mount.rstrip("/") + "/")
+                if inside and len(mount) >= len(best):
+                    best, kind = mount, after.split()[0]
+    except (OSError, IndexError, UnicodeError):
+        return ""
+    return kind
+
+
+def _durability(options: dict[str, Any]) -> Iterator[Finding]:
+    fsync = options.get("fsync", "always")
+    if fsync == "always":
+        yield ok("durability", "what a call acknowledged survives power loss (fsync: always)")
+    else:
+        lost = "the last second" if fsync == "everysec" else "what the system had not written yet"
+        yield note("durability", f"a power cut may lose {lost} (fsync: {fsync})")
+
+
+def _files(path: str, layout: str) -> Iterator[Finding]:
+    logs = documents = adopted = unfinished = 0
+    foreign: list[str] = []
+    both: list[str] = []
+    with os.scandir(path) as entries:
+        for number, entry in enumerate(entries):
+            if number >= _LOOK_AT:
+                break
+            name = entry.name
+            if name.endswith(".jsonl"):
+                logs += 1
+            elif name.endswith(".json"):
+                documents += 1
+                stem = name.removesuffix(".json")
+                if stem and document_stem(stem) == stem and os.path.lexists(f"{path}/{file_stem(stem)}.jsonl"):
+                    both.append(stem)
+            elif name.endswith(".adopted"):
+                adopted += 1
+            elif name.endswith((".new", ".part")):
+                unfinished += 1
+            elif name not in _OWN_FOLDERS and ".damaged" not in name:
+                foreign.append(name)
+    for stem in both[:5]:
+        yield problem(
+            "files", f"{stem}.json appeared beside the converted log of {stem!r}",
+            "stop AgentUp, and keep one of the two: it and layout: log cannot share a folder",
+        )  # fmt: skip
+    if layout == "log" and documents > len(both):
+        yield note("files", f"{documents - len(both):,} documents by AgentUp, each converted with its first write")
+    if layout == "document" and logs:
+        yield problem(
+            "files", f"{logs:,} conversations are logs, which layout: document does not read",
+            "use layout: log, or agentstate migrate them to another folder",
+        )  # fmt: skip
+    if adopted:
+        kept = f"{adopted:,} documents that were converted (.adopted)"
+        yield note("files", kept, "a backup; delete them if you like")
+    if unfinished:
+        yield note("files", f"{unfinished:,} unfinished files of killed processes", "cleanup removes them")
+    if foreign:
+        names = ", ".join(sorted(foreign)[:3])
+        yield note("files", f"{len(foreign):,} files of other programs ({names})", "they are left alone")

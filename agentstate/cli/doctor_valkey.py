@@ -1,0 +1,194 @@
+"""What doctor looks at in Valkey."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ..errors import StateError
+from ..keys import KeySpace
+from ..storage.base import StateStorage
+from . import console
+from .findings import Finding, note, ok, problem, warning
+
+_KEYS: Final = 2000
+"""How many keys are looked at."""
+
+_OLDEST: Final = (7, 2)
+_LOCAL: Final = ("localhost", "127.0.0.1", "::1", "")
+
+
+def look_at_servers(storage: StateStorage, options: dict[str, Any]) -> Iterator[Finding]:
+    from ..storage.valkey import ValkeyStorage
+    from ..storage.valkey_failures import failure
+    from ..storage.valkey_wire import LostConnectionError, ServerError
+
+    assert isinstance(storage, ValkeyStorage)
+    deadline = time.monotonic() + storage.deadline
+    try:
+        for _, pool in storage._servers.primaries(deadline):
+            yield from _look_at_server(pool, storage, options, deadline)
+    except StateError as error:
+        yield problem("connection", str(error), advice_on_connecting(error))
+    except (LostConnectionError, ServerError) as lost:
+        reason = failure(lost, None)
+        yield problem("connection", str(reason), advice_on_connecting(reason))
+
+
+def advice_on_connecting(error: StateError) -> str:
+    """What to do about a server that cannot be used."""
+    text = f"{error} {error.__cause__ or ''}".lower()
+    for words, advice in _ADVICE:
+        if any(word in text for word in words):
+            return advice
+    return ""
+
+
+_ADVICE: Final = (
+    (("wrongpass", "refuses the user"), "check user and password: valkey://user:password@host"),
+    (("noauth", "asks for a password"), "put it into the url, valkey://:password@host, or into `password:`"),
+    (("refused",), "is the server running, on that port? valkey-server starts one"),
+    (("name or service", "resolve", "getaddrinfo", "nodename"), "check the host's name in the url"),
+    (("certificate", "ssl", "tls"), "valkeys:// is for a server that speaks TLS; ssl_ca_certs names its authority"),
+    (
+        ("timed out", "deadline", "unreachable", "no route"),
+        "is the host reachable from here, past all firewalls?",
+    ),
+    (("no such file",), "check the path of the socket in the url"),
+    (("noperm", "permission"), "give the user these permissions with ACL SETUSER"),
+)
+
+
+def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: float) -> Iterator[Finding]:
+    from ..storage.valkey_risks import info_field, risks
+    from ..storage.valkey_wire import command
+
+    info = pool.ask(deadline, *(command("INFO", part) for part in ("server", "memory", "replication")))
+    server, memory, replication = info
+    version = (info_field(server, b"valkey_version") or info_field(server, b"redis_version")).decode()
+    name = "Valkey" if info_field(server, b"valkey_version") else "Redis or its kin"
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers and numbers < _OLDEST:
+        yield problem("server", f"{name} {version} is older than 7.2", "update it")
+    else:
+        yield ok("server", f"{name} {version or '(it does not tell its version)'}")
+    yield _round_trips(pool, deadline)
+    yield from _transport(str(options.get("url", "")))
+    connection = pool.acquire(deadline)
+    try:
+        dangers = risks(connection, expiring=storage.ttl is not None)
+    except BaseException:
+        pool.discard(connection)
+        raise
+    pool.release(connection)
+    for danger in dangers:
+        yield problem("durability", danger, "strict: true refuses such a server")
+    if not dangers:
+        yield ok("durability", "the server evicts nothing of ours, and keeps its data on disk as far as it tells")
+    yield from _replicas(replication, storage, options)
+    yield from _memory(memory)
+    yield from _keys(pool, storage.key_prefix, deadline)
+
+
+def _round_trips(pool: Any, deadline: float) -> Finding:
+    from ..storage.valkey_wire import command
+
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        pool.ask(deadline, command("PING"))
+        seconds.append(time.perf_counter() - began)
+    return ok("connection", f"a round trip takes {sorted(seconds)[10] * 1000:.2f} ms")
+
+
+def _transport(url: str) -> Iterator[Finding]:
+    try:
+        parts = urlsplit(url)
+        local = parts.scheme.endswith("unix") or (parts.hostname or "") in _LOCAL
+        secret = parts.password is not None
+    except ValueError:
+        return
+    if local or parts.scheme.startswith(("valkeys", "rediss")):
+        return
+    what = "password and conversations travel" if secret else "conversations travel"
+    yield warning("transport", f"{what} unencrypted to another machine", "use valkeys:// if the network is not yours")
+
+
+def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Iterator[Finding]:
+    from ..storage.valkey_risks import info_field
+
+    if info_field(replication, b"role") == b"slave":
+        yield problem("server", "it is a replica, and takes no writes", "give the url of the primary")
+    connected = int(info_field(replication, b"connected_slaves") or 0)
+    wanted = int(options.get("min_replicas") or 0)
+    if wanted > connected:
+        yield problem("replicas", f"{connected} of the {wanted} that min_replicas asks for are connected")
+    elif connected:
+        yield ok("replicas", f"{connected} connected")
+
+
+def _memory(memory: object) -> Iterator[Finding]:
+    from ..storage.valkey_risks import info_field
+
+    used, limit = int(info_field(memory, b"used_memory") or 0), int(info_field(memory, b"maxmemory") or 0)
+    if limit and used > 0.9 * limit:
+        yield problem("memory", f"{console.size_text(used)} of {console.size_text(limit)} are used", "raise maxmemory")
+    elif used:
+        of = f" of {console.size_text(limit)}" if limit else ", without a limit (maxmemory)"
+        yield ok("memory", f"{console.size_text(used)} are used{of}")
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def _keys(pool: Any, prefix: str, deadline: float) -> Iterator[Finding]:
+    """Look at keys under the prefix: whose are they?"""
+    from ..storage.valkey_wire import ServerError, command
+
+    space = KeySpace(prefix)
+    found: list[bytes] = []
+    cursor: Any = 0
+    while len(found) < _KEYS and time.monotonic() < deadline - 1:
+        reply = pool.ask(deadline, command("SCAN", cursor, "MATCH", space.pattern(), "COUNT", 1000))[0]
+        if isinstance(reply, ServerError):
+            yield warning("keys", f"they cannot be listed: {reply}", "allow SCAN to this user")
+            return
+        cursor, keys = reply
+        found += keys
+        if int(cursor) == 0:
+            break
+    if not found:
+        return
+    kinds = pool.ask(deadline, *(command("TYPE", key) for key in found))
+    asked = []
+    for key, kind in zip(found, kinds, strict=True):
+        asked.append(command("HGET", key, "id") if kind == b"hash" else command("PING"))
+    owners = pool.ask(deadline, *asked)
+    counts = Counter[str]()
+    example = ""
+    for key, kind, owner in zip(found, kinds, owners, strict=True):
+        name = key.decode(errors="replace")
+        context_id = space.context_id(name)
+        if kind == b"hash" and owner == context_id.encode():
+            counts["ours"] += 1
+        elif kind == b"string":
+            counts["documents"] += 1
+        elif not _belongs_to_us(space, name):
+            counts["foreign"] += 1
+            example = example or name
+    if counts["documents"]:
+        yield note("keys", f"{counts['documents']:,} documents by AgentUp", "the first write to each converts it")
+    if counts["foreign"]:
+        yield warning(
+            "keys",
+            f"{counts['foreign']:,} keys under {prefix!r} are of another program or prefix, like {example!r}",
+            "they are left alone; a key_prefix of its own keeps them apart",
+        )
+
+
+def _belongs_to_us(space: KeySpace, name: str) -> bool:
+    """Whether it is one of the keys beside a context's state (they begin with the prefix only if it has a hash tag)."""
+    return name.endswith(("{history}", "{commits}", "{lease}"))

@@ -1,0 +1,60 @@
+"""Exit codes: a script may rely on them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..errors import (
+    ContextNotFoundError,
+    InvalidContextIdError,
+    StateAccessError,
+    StateConfigError,
+    StateConflictError,
+    StateCorruptedError,
+    StateError,
+    StateSerializationError,
+    StateTimeoutError,
+    StateUnavailableError,
+)
+
+OK: Final = 0
+PROBLEM: Final = 1
+USAGE: Final = 2
+UNAVAILABLE: Final = 3
+NOT_FOUND: Final = 4
+REFUSED: Final = 5
+CORRUPTED: Final = 6
+INTERRUPTED: Final = 130
+PIPE_CLOSED: Final = 141
+TERMINATED: Final = 143
+
+MEANINGS: Final = {
+    OK: "done",
+    PROBLEM: "a problem was found, or something could not be done",
+    USAGE: "the command or the configuration is wrong",
+    UNAVAILABLE: "the store cannot be reached, or did not answer in time",
+    NOT_FOUND: "there is no such conversation, file or handler",
+    REFUSED: "refused: something is there already, belongs to somebody else, or is not what it must be",
+    CORRUPTED: "what is stored, or the archive, is damaged",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    PIPE_CLOSED: "whoever read the output went away",
+    TERMINATED: "terminated by a signal",
+}
+
+_CODES: Final = (
+    (StateConfigError, USAGE),
+    (InvalidContextIdError, USAGE),
+    (StateUnavailableError, UNAVAILABLE),
+    (StateTimeoutError, UNAVAILABLE),
+    (ContextNotFoundError, NOT_FOUND),
+    (StateCorruptedError, CORRUPTED),
+    (StateConflictError, REFUSED),
+    (StateAccessError, REFUSED),
+    (StateSerializationError, REFUSED),
+    (LookupError, NOT_FOUND),  # a handler that is not registered
+)
+
+
+def code_of(error: StateError) -> int:
+    """The exit code that stands for an error."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), PROBLEM)

@@ -1,0 +1,125 @@
+"""The reference of all commands as Markdown, made from the commands themselves.
+
+python -m agentstate.cli.reference > docs/command-line.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import cleandoc
+from textwrap import dedent, indent
+
+import click
+
+from . import exits
+from .app import cli
+from .store import store_options_unread
+
+_INTRODUCTION = """\
+# Command line
+
+`agentstate` looks after conversations from a terminal or a script. It comes with the extra `cli`:
+
+    pip install 'agentstate[cli]'
+
+Every command uses the storage that [the configuration file](configuration.md) names, unless its options choose another:
+`--config FILE` reads another file; `--url` means Valkey and `--storage-dir` files, `--storage NAME` any storage;
+`--key-prefix`, `--layout` and `-o NAME=VALUE` override single options of it.
+
+- On a terminal, tables and colours are for people (`NO_COLOR=1` leaves the colours out). In a pipe, a table is lines of
+  fields with tabs between them, without a header. With `--json`, everything is JSON.
+- What a command has to say beside its output (notes, questions, progress, errors) goes to stderr; an error is one line.
+- No password is ever printed. One in `--url` can be seen by others in the list of processes: better put it into the
+  environment, and `${VALKEY_URL}` into the configuration file.
+- Ctrl-C leaves no half work: a conversation is written or not, an archive appears when it is complete, and an
+  interrupted import or migration is simply started again.
+
+This page is made from the commands (`python -m agentstate.cli.reference`).
+"""
+
+
+_SHARED = """\
+## Options of the storage
+
+Every command that works on a storage has these.
+
+"""
+
+
+def markdown() -> str:
+    """The page."""
+    shared = "## Options of the storage\n\nEvery command that works on a storage has these.\n\n" + _table(
+        _shared_options()
+    )
+    return "\n".join([_INTRODUCTION, _exit_codes(), shared, *_commands()]).rstrip() + "\n"
+
+
+def _exit_codes() -> str:
+    rows = "".join(f"| {code} | {meaning} |\n" for code, meaning in exits.MEANINGS.items())
+    return f"## Exit codes\n\n| code | meaning |\n| ---: | --- |\n{rows}"
+
+
+def _shared_options() -> list[click.Option]:
+    @click.command()
+    @store_options_unread
+    def command(chosen: object) -> None: ...
+
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
+
+def _commands() -> Iterator[str]:
+    context = click.Context(cli, info_name="agentstate")
+    for name in cli.list_commands(context):
+        command = cli.commands[name]
+        if isinstance(command, click.Group):
+            for inner in command.list_commands(context):
+                yield _command(f"agentstate {name} {inner}", command.commands[inner])
+        else:
+            yield _command(f"agentstate {name}", command)
+
+
+def _command(path: str, command: click.Command) -> str:
+    arguments = " ".join(_argument(each) for each in command.params if isinstance(each, click.Argument))
+    usage = f"{path} [OPTIONS] {arguments}".rstrip()
+    text, _, examples = cleandoc(command.help or "").partition("\b\nExamples:\n")
+    parts = [f"## {path}\n", f"    {usage}\n", text.strip() + "\n"]
+    if examples:
+        parts.append(indent(dedent(examples).strip(), "    ") + "\n")
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    shared = {option.name for option in _shared_options()}
+    own = [option for option in options if option.name not in shared]
+    if len(own) < len(options):
+        parts.append("Has the [options of the storage](#options-of-the-storage)" + (", and:\n" if own else ".\n"))
+    if own:
+        parts.append(_table(own))
+    return "\n".join(parts)
+
+
+def _argument(argument: click.Argument) -> str:
+    name = argument.metavar or (argument.name or "").upper()
+    if isinstance(argument.type, click.Choice):
+        name = "|".join(argument.type.choices)
+    return name if argument.required else f"[{name}]"
+
+
+def _table(options: list[click.Option]) -> str:
+    rows = "".join(f"| {_names(option)} | {_meaning(option)} |\n" for option in options)
+    return f"| option | meaning |\n| --- | --- |\n{rows}"
+
+
+def _names(option: click.Option) -> str:
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    if option.is_flag or option.count:
+        return names
+    if isinstance(option.type, click.Choice):
+        return f"{names} " + " or ".join(f"`{choice}`" for choice in option.type.choices)
+    return f"{names} {option.metavar or 'NUMBER'}"
+
+
+def _meaning(option: click.Option) -> str:
+    text = " ".join((option.help or "").split()).replace("|", "\\|")
+    return f"{text} Default: `{option.default}`." if option.show_default else text
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,176 @@
+"""The command verify: is all that is stored intact? And saving what is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import click
+
+from .. import codec
+from ..errors import StateError
+from ..keys import check_context_id
+from ..operations import Snapshot, Window
+from ..storage.base import StateStorage
+from ..transfer import count_contexts, pages_of_ids, read_contexts
+from . import console, exits
+from .store import Place, complete_context_id, store_options
+
+_PAGE = 500
+
+
+class Damage(NamedTuple):
+    """A conversation that is not as it should be. `context_id` is None where not even that can be read."""
+
+    context_id: str | None
+    reason: str
+    where: str | None = None
+
+
+@click.command()
+@click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=complete_context_id)
+@store_options
+@click.option("--repair", is_flag=True, help="Save what is intact of damaged ones; the original is kept beside it.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
+def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> int:
+    """Read all conversations, or the given ones, from the first byte to the last, and check them.
+
+    With --repair, what is intact of a damaged log takes its place, and the damaged file is kept under another name.
+    The exit code is 6 if something is damaged (and could not be repaired).
+
+    \b
+    Examples:
+      agentstate verify
+      agentstate verify --repair alice
+    """
+    names = [check_context_id(context_id) for context_id in dict.fromkeys(ids)]
+    seen = [0, 0]
+    unrepaired = 0
+    found: list[dict[str, Any]] = []
+    with place.open() as storage:
+        for damage in _damaged(storage, names, seen):
+            saved = _repaired(storage, damage) if repair else None
+            unrepaired += saved is None
+            found.append({**damage._asdict(), "repaired": saved})
+            if not as_json:
+                _print(damage, saved)
+    if as_json:
+        console.json_document({"conversations": seen[0], "messages": seen[1], "damaged": found})
+    else:
+        state = f"{len(found):,} damaged" if found else "all of them intact"
+        counts = f"{console.counted(seen[0], 'conversation')} with {console.counted(seen[1], 'message')}"
+        console.line(f"{counts}, {state}.", "red" if unrepaired else "green")
+    return exits.CORRUPTED if unrepaired else exits.OK
+
+
+def _print(damage: Damage, saved: str | None) -> None:
+    name = damage.context_id if damage.context_id is not None else damage.where
+    console.line(f"{console.one_line(str(name))}: {console.one_line(damage.reason)}", "red")
+    if saved is not None:
+        console.line(f"  repaired: {console.one_line(saved)}", "green")
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+def _damaged(storage: StateStorage, names: list[str], seen: list[int]) -> Iterator[Damage]:
+    """What is damaged, each conversation once: what its storage finds, and what cannot be read through it.
+
+    `seen` counts conversations and messages.
+    """
+    known: set[str | None] = set()
+    for damage in _found_by_storage(storage, names):
+        known.add(damage.context_id)
+        yield damage
+    with console.progress("verifying", len(names) or _total(storage)) as advance:
+        for page in [names] if names else pages_of_ids(storage):
+            for context_id in page:
+                reason = _reason(storage, context_id, seen)
+                advance()
+                if reason is not None and context_id not in known:
+                    yield Damage(context_id, reason)
+
+
+def _total(storage: StateStorage) -> int | None:
+    import sys
+
+    return count_contexts(storage) if sys.stderr.isatty() else None
+
+
+def _found_by_storage(storage: StateStorage, names: list[str]) -> Iterator[Damage]:
+    from ..storage.file import FileStorage
+
+    if not isinstance(storage, FileStorage):
+        return
+    with console.working("looking through the files"):
+        problems = [each for each in storage.verify() if not names or each.context_id in names]
+    for each in problems:
+        yield Damage(each.context_id, each.reason, each.path)
+
+
+def _reason(storage: StateStorage, context_id: str, seen: list[int]) -> str | None:
+    """Why a conversation is damaged; None if it is intact, or gone."""
+    position: int | None = None
+    while True:
+        window = Window(limit=_PAGE, first=0 if position is None else position)
+        everything = {"variables": None, "metadata": None} if position is None else {}
+        found = read_contexts(storage, [context_id], history=window, **everything)[0]
+        if isinstance(found, StateError):
+            if exits.code_of(found) == exits.UNAVAILABLE:
+                raise found
+            return str(found)
+        if found is None:
+            return None
+        if position is None:
+            seen[0] += 1
+        reason = _undecodable(found)
+        if reason is not None:
+            return reason
+        seen[1] += len(found.messages)
+        position = found.first + len(found.messages)
+        if position >= found.end or not found.messages:
+            return None
+
+
+def _undecodable(found: Snapshot) -> str | None:
+    for name, values in (("variable", found.variables), ("metadata", found.metadata)):
+        for key, text in values.items():
+            if _decoded(text) is _BAD:
+                return f"the {name} {key!r} is not JSON"
+    for number, text in enumerate(found.messages, found.first):
+        if not isinstance(_decoded(text), dict):
+            return f"message {number:,} is not a JSON object"
+    return None
+
+
+_BAD = object()
+
+
+def _decoded(text: bytes) -> Any:
+    try:
+        return codec.decode(text)
+    except (ValueError, RecursionError):
+        return _BAD
+
+
+# --- repairing ------------------------------------------------------------------------------------------------------
+
+
+def _repaired(storage: StateStorage, damage: Damage) -> str | None:
+    """What was saved, in words; None where nothing could be."""
+    from ..storage.file import FileStorage
+
+    if not isinstance(storage, FileStorage) or damage.context_id is None:
+        console.fail(f"{damage.context_id or damage.where}: there is no way to repair this")
+        return None
+    try:
+        saved = storage.repair(damage.context_id)
+    except StateError as error:
+        console.fail(str(error))
+        return None
+    lost = f", {saved.lost_bytes:,} bytes could not be understood" if saved.lost_bytes else ""
+    kept = f"; the damaged file is kept as {saved.original}" if saved.original else ""
+    return f"{console.counted(saved.messages, 'message')}{lost}{kept}"
+
+
+COMMANDS = (verify,)

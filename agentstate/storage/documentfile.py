@@ -1,0 +1,65 @@
+"""The files of JSON documents: their names, their bytes, and whose they are."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from ..errors import StateCorruptedError
+from ..keys import document_stem, file_stem
+from .filesystem import READ, unavailable
+from .folder import Folder
+
+DOCUMENT: Final = ".json"
+LOG: Final = ".jsonl"
+
+_PIECE: Final = 1 << 20
+
+_logger = logging.getLogger("agentstate.storage.file")
+
+
+def read_document_file(folder: Folder, stem: str, context_id: str | None) -> bytes | None:
+    """The bytes of a document; None if there is no such file. Raises StateUnavailableError."""
+    path = folder.file(stem + DOCUMENT)
+    fs = folder.fs
+    try:
+        fd = fs.open(path, READ)
+        try:
+            pieces = []
+            offset = 0
+            while piece := fs.read_at(fd, _PIECE, offset):
+                pieces.append(piece)
+                offset += len(piece)
+        finally:
+            fs.close(fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unavailable(error, "read", path, context_id) from error
+    return b"".join(pieces)
+
+
+def context_of_document(folder: Folder, stem: str) -> str | None:
+    """Whose document the file of this name is. None for one that is none of ours."""
+    try:
+        if document_stem(stem) == stem:
+            return stem
+        from .document import document_id
+
+        data = read_document_file(folder, stem, None)
+        context_id = None if data is None else document_id(data)
+        return context_id if context_id is not None and document_stem(context_id) == stem else None
+    except StateCorruptedError as error:
+        _logger.warning("%s%s was passed over in a listing: %s", folder.file(stem), DOCUMENT, error)
+        return None
+
+
+def is_log_there(folder: Folder, context_id: str) -> bool:
+    """Whether a context has a log (an empty one is what a crash left of one). Raises StateUnavailableError."""
+    path = folder.file(file_stem(context_id) + LOG)
+    try:
+        return folder.fs.stat(path).st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unavailable(error, "look at", path, context_id) from error

@@ -1,0 +1,112 @@
+"""Conversations in files: one per context, in one folder, on a local disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import StateConfigError, StateCorruptedError, StateError
+from ..operations import Operation
+from .access import Access
+from .base import Settle, StateStorage, one_of, positive_integer
+from .filesystem import FileSystem
+from .folder import Folder
+from .loglayout import LogLayout
+
+if TYPE_CHECKING:
+    from .filedocuments import DocumentFiles
+    from .logrepair import Problem, Repair
+
+CACHE_BYTES: Final = 32 * 1024 * 1024
+
+
+class FileStorage(StateStorage):
+    """Keeps each conversation in a file of its own in the folder `storage_dir`, which is made when it is needed.
+
+    Any number of threads and processes on one host may use the same folder, on a local file system with working
+    `flock`. Options, beside those of every backend:
+
+    - `layout`: ``"log"`` (append-only JSON Lines; cost does not grow with the conversation) or ``"document"`` (one
+      JSON document per conversation, as AgentUp writes it)
+    - `fsync`: when what was written is flushed to disk: ``"always"`` (before a call returns: it survives power loss),
+      ``"everysec"`` (once a second), or ``"no"`` (when the system likes)
+    - `exclusive`: this object alone uses the folder as long as it is open: no lock per operation, and nothing is
+      looked up twice. Another one that tries gets a StateUnavailableError.
+    - `cache_bytes`: about how much memory may be spent on knowing the conversations used last
+    """
+
+    def __init__(
+        self,
+        storage_dir: str | os.PathLike[str] = "./conversation_states",
+        *,
+        layout: str = "log",
+        fsync: str = "always",
+        exclusive: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+        file_system: FileSystem | None = None,
+        **options: Any,
+    ) -> None:
+        path: Any = os.fspath(storage_dir)
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise StateConfigError(f"storage_dir is the path of a folder, not {storage_dir!r}")
+        one_of("layout", layout, ("log", "document"))
+        one_of("fsync", fsync, ("always", "everysec", "no"))
+        if not isinstance(exclusive, bool):
+            raise StateConfigError(f"exclusive is true or false, not {exclusive!r}")
+        positive_integer("cache_bytes", cache_bytes)
+        super().__init__(**options)
+        self._folder = Folder(path, file_system or FileSystem())
+        access = Access(self._folder, exclusive=exclusive)
+        self._layout: LogLayout | DocumentFiles
+        if layout == "log":
+            self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
+        else:
+            from .filedocuments import DocumentFiles
+
+            self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
+
+    @property
+    def storage_dir(self) -> str:
+        """The absolute path of the folder."""
+        return self._folder.path
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        if not self.closed:
+            self._layout.execute(operations, settle)
+            return
+        for index in range(len(operations)):
+            try:
+                self.check_open()
+            except StateError as error:
+                settle(index, error)
+
+    def verify(self) -> Iterator[Problem]:
+        """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""
+        from .logrepair import problems
+
+        return problems(self._folder)
+
+    def repair(self, context_id: str) -> Repair:
+        """Save what is intact of a damaged conversation, and keep the damaged file under another name.
+
+        Raises ContextNotFoundError, StateUnavailableError, StateTimeoutError; StateCorruptedError with
+        layout="document", where there is no part that could be told to be intact.
+        """
+        if not isinstance(self._layout, LogLayout):
+            raise StateCorruptedError(
+                f"a document is intact as a whole or not at all: mend {self._folder.file(context_id)}.json by hand",
+                context_id=context_id,
+            )
+        return self._layout.repair(context_id, time.monotonic() + self.deadline)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._layout.close()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        if isinstance(self._layout, LogLayout):  # the other one is a storage, and hears of it by itself
+            self._layout.after_fork()

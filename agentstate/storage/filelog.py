@@ -1,0 +1,307 @@
+r"""The log format of a context's file: what its lines say, and what may be wrong with them. No input or output here.
+
+A log is JSON Lines. Each line ends in its seal, ``,"crc":"89abcdef"}`` and a newline: the CRC-32 of all bytes of the
+line before it, begun with the CRC-32 of the context's id plus the offset of the line (so a line in another file, or at
+another place, is noticed). Fields stand in the order given here; what says nothing is left out. Times are microseconds
+since 1970.
+
+``{"agentstate":1,"id":...}``
+    The header, the first line. `adopted` says which document the log was made from: its size and SHA-256.
+
+``{"rev":7,"at":...,"id":"<commit id>",...,"add":[<messages>]}``
+    One commit, resolved: what came of it, not what was asked for. `rev` is the context's revision after it, `at` its
+    `updated`. Further fields: `flushed`; `expires`; `start` and `keep` (of the messages before, those at positions
+    start <= p < keep stay; said where it changes something); `created` (the commit that made the context, after
+    which nothing is left of what was before); `owner`; `answer` (the commit's, where it has one; or
+    `unkept`, where it is too large to be kept); `replaces` (which
+    of "set" and "meta" name all that is left); `set`, `unset`, `meta`, `unmeta` (variables and metadata); `count`
+    (how many messages, where it is not one).
+
+``{"checkpoint":7,...}``
+    All that the lines before it led to, but for the messages: so that a reader needs no more than the last one and
+    what follows it. 0 stands for a context that does not exist (any more); `forget` says from when on its commit ids
+    need not be remembered. `begun`: where the write began that it was a part of, if that is not `flushed`. `commits`:
+    the last commit ids; `answers` of them, and which have `unkept` ones. `live`: about how many bytes the messages
+    take up. `base`: how large the file was when it was written as a whole. `runs`: where the messages since the
+    previous such list are, each ``[first position, count, offset, size]``; `older`: ``[offset, size]`` of the line
+    with the previous list.
+
+``{"history":0,"count":9,"add":[...]}``, ``{"index":[<runs>],"older":...}``
+    Messages from this position on and lists of runs, in a file that was written as a whole.
+
+`flushed` tells, in lines that were written while bytes before them might not be on disk yet, up to where the file was
+flushed. No process acknowledges a line before it is flushed (with fsync "always"), and writes only once what is
+before it is flushed, so it is seldom there.
+
+What a crash can do to the end of a log is *torn*: a fragment without newline, or a region in which blocks of NULs
+stand for what never reached the disk. Nothing in it was acknowledged, readers ignore it, and the next one who writes
+cuts it off. Anything else that does not fit is damage. One flipped bit always is: it breaks a seal, or it hits the
+last newline, and then a complete line is followed by a byte that is neither newline nor NUL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from json import decoder, scanner
+from math import inf
+from typing import Any, Final, TypeAlias
+from zlib import crc32
+
+from ..operations import ALREADY_APPLIED, kept_answer
+from .resolve import Effects, Image
+
+VERSION: Final = 1
+
+SEAL_SIZE: Final = len(b',"crc":"00000000"}')
+Run: TypeAlias = list[int]
+"""Consecutive messages: first position, count, and the offset and size of the lines that hold them."""
+
+CHECKPOINT_START: Final = b'\n{"checkpoint":'
+
+
+class Damage(Exception):
+    """A log does not say what a log says, from this offset on."""
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(f"{reason}, at byte {offset:,}")
+        self.offset = offset
+        self.reason = reason
+
+
+# --- seals ----------------------------------------------------------------------------------------------------------
+
+
+def seed_of(context_id: str) -> int:
+    """What the checksums of a context's log begin with."""
+    return crc32(context_id.encode())
+
+
+def seal_body(body: bytes, seed: int, offset: int) -> tuple[bytes, bytes]:
+    """The line, newline included, that begins with `body` (an object without its closing brace); and its seal."""
+    seal = b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)
+    return b"%b%b\n" % (body, seal), seal
+
+
+def is_sealed(line: bytes, seed: int, offset: int) -> bool:
+    """Whether a line, without its newline, is what was written at `offset`."""
+    body = line[:-SEAL_SIZE]
+    return line[-SEAL_SIZE:] == b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)
+
+
+_SEAL = re.compile(rb',"crc":"[0-9a-f]{8}"\}')
+_HOLE = re.compile(rb"\0\0+")
+
+
+def is_torn(region: bytes, seed: int, offset: int) -> bool:
+    """Whether the end of a file, from a line on that is not sealed, is what a crash leaves behind.
+
+    Torn is what no acknowledged commit can be in. A complete line in it shows that something else happened, unless
+    it was written before what is missing was flushed.
+    """
+    *lines, fragment = region.split(b"\n")
+    position = offset
+    for line in lines:
+        text = line.lstrip(b"\0")
+        if text and is_sealed(text, seed, position + len(line) - len(text)):
+            if _flushed_before(text) > offset:
+                return False
+        elif not _HOLE.search(line):
+            return False
+        position += len(line) + 1
+    # A line whose newline is damaged: complete, and followed by a byte that is neither nothing nor a missing one.
+    text = fragment.lstrip(b"\0")
+    position += len(fragment) - len(text)
+    complete = (end for end in seal_ends(text) if is_sealed(text[:end], seed, position))
+    return not any(end < len(text) and text[end] != 0 for end in complete)
+
+
+def seal_ends(text: bytes) -> Iterator[int]:
+    """Where something that looks like a seal ends."""
+    return (seal.end() for seal in _SEAL.finditer(text))
+
+
+def _flushed_before(line: bytes) -> float:
+    """Up to where a file was flushed when a sealed line was written to it; a line that does not say is the answer."""
+    try:
+        return float(fields(line).get("flushed", inf))
+    except ValueError:
+        return inf
+
+
+_BEGINNING = re.compile(rb'\{"checkpoint":\d+,"at":\d+,(?:"flushed":(\d+),)?(?:"begun":(\d+),)?')
+
+
+def begin_of_write(checkpoint: bytes, offset: int) -> int:
+    """Where the write began that the checkpoint at `offset` was a part of."""
+    match = _BEGINNING.match(checkpoint)
+    return offset if match is None else int(match[2] or match[1] or offset)
+
+
+# --- reading lines --------------------------------------------------------------------------------------------------
+
+# The usual line: one message is added, and nothing else happens. Groups: revision, time, commit id, expiry, first
+# position; and of the whole line the message and the checksum. (Ids with spaces or escapes are for the thorough way.)
+_APPEND_START: Final = (
+    rb'\{"rev":(\d+),"at":(\d+),"id":"([^"\\ ]*)",(?:"flushed":\d+,)?(?:"expires":(\d+),)?(?:"start":(\d+),)?"add":\['
+)
+_APPEND = re.compile(_APPEND_START)
+APPEND_LINE: Final = re.compile(_APPEND_START + rb'(.*)\],"crc":"([0-9a-f]{8})"\}\n')
+
+
+class _Numerals(json.JSONDecoder):
+    """Finds where values end. Numbers stay text: no time lost on them, and no limit on their digits."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_float=str, parse_int=str, parse_constant=str)
+
+
+# The parts of Python's JSON reader that take a text and a position, and return a value and the position after it.
+_json: Any = (decoder, scanner)
+_string = _json[0].scanstring
+_value = _json[1].make_scanner(json.JSONDecoder())
+_skip = _json[1].make_scanner(_Numerals())
+_AS_TEXTS: Final = ("set", "meta", "variables", "metadata", "answers")
+
+
+def fields(line: bytes) -> dict[str, Any]:
+    """What a sealed line says. Stored values stay the texts that they are. Raises ValueError."""
+    text = line.decode()
+    result: dict[str, Any] = {}
+    value: Any
+    position = 0
+    try:
+        while text[position] != "}":
+            name, position = _string(text, position + 2)
+            position += 1
+            if name == "add":
+                value, position = _texts_of_list(text, position)
+            elif name in _AS_TEXTS:
+                value, position = _texts_of_object(text, position)
+            elif name == "answer":
+                start, (_, position) = position, _skip(text, position)
+                value = text[start:position].encode()
+            else:
+                value, position = _value(text, position)
+            result[name] = value
+    except (IndexError, StopIteration, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    return result
+
+
+def _texts_of_list(text: str, position: int) -> tuple[list[bytes], int]:
+    texts: list[bytes] = []
+    while text[position] != "]":
+        start = position + 1
+        if text[start] == "]":
+            return texts, start + 1
+        _, position = _skip(text, start)
+        texts.append(text[start:position].encode())
+    return texts, position + 1
+
+
+def _texts_of_object(text: str, position: int) -> tuple[dict[str, bytes], int]:
+    texts: dict[str, bytes] = {}
+    while text[position] != "}":
+        if text[position + 1] == "}":
+            return texts, position + 2
+        key, position = _string(text, position + 2)
+        start = position + 1
+        _, position = _skip(text, start)
+        texts[key] = text[start:position].encode()
+    return texts, position + 1
+
+
+def messages_of(line: bytes) -> list[bytes]:
+    """The messages that a sealed line adds."""
+    match = _APPEND.match(line)
+    if match is not None:
+        return [line[match.end() : -SEAL_SIZE - 1]]
+    added: list[bytes] = fields(line).get("add", [])
+    return added
+
+
+def read_header(data: bytes, seed: int) -> dict[str, Any]:
+    """What the header of a log that begins with `data` says. Raises Damage."""
+    line, newline, _ = data.partition(b"\n")
+    if not newline or not is_sealed(line, seed, 0):
+        raise Damage(0, "the first line is no valid header of this context's log")
+    try:
+        said = fields(line)
+    except ValueError as error:
+        raise Damage(0, str(error)) from error
+    if said.get("agentstate") != VERSION or "id" not in said:
+        raise Damage(0, f"it is a log of version {said.get('agentstate')!r}, which this agentstate does not know")
+    return said
+
+
+# --- writing lines --------------------------------------------------------------------------------------------------
+
+_to_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+to_ascii = json.JSONEncoder(separators=(",", ":")).encode
+is_plain_id = re.compile(r"[A-Za-z0-9_.:-]+").fullmatch  # for a commit id that needs no escapes
+
+
+def text(value: Any) -> bytes:
+    try:
+        return _to_text(value).encode()
+    except UnicodeEncodeError:
+        return to_ascii(value).encode()
+
+
+def object_of(texts: dict[str, bytes]) -> bytes:
+    return b"{" + b",".join([text(key) + b":" + value for key, value in texts.items()]) + b"}"
+
+
+def header(context_id: str, adopted: Sequence[Any] | None = None) -> bytes:
+    """The first line of a log."""
+    body = b'{"agentstate":%d,"id":%b' % (VERSION, text(context_id))
+    if adopted is not None:
+        body += b',"adopted":' + text(adopted)
+    return seal_body(body, seed_of(context_id), 0)[0]
+
+
+def record(before: Image, effects: Effects, flushed: int | None) -> bytes:
+    """The line of a commit, not yet sealed. `before` is what the commit was resolved against."""
+    commit_id = effects.commit_id
+    parts = [
+        b'{"rev":%d,"at":%d,"id":' % (effects.revision, effects.updated),
+        b'"%b"' % commit_id.encode() if is_plain_id(commit_id) else to_ascii(commit_id).encode(),
+    ]
+    if flushed is not None:
+        parts.append(b',"flushed":%d' % flushed)
+    if effects.expires is not None:
+        parts.append(b',"expires":%d' % effects.expires)
+    if effects.start != before.start:
+        parts.append(b',"start":%d' % effects.start)
+    if effects.keep != before.end:
+        parts.append(b',"keep":%d' % effects.keep)
+    if not before.exists or effects.created != before.created:
+        parts.append(b',"created":%d' % effects.created)
+    if effects.user_id != before.user_id:
+        parts.append(b',"owner":' + text(effects.user_id))
+    if effects.answer:
+        answer = kept_answer(effects.answer)
+        parts.append(b',"unkept":true' if answer == ALREADY_APPLIED else b',"answer":' + answer)
+    if effects.variables or effects.metadata or effects.replaces_variables or effects.replaces_metadata:
+        _spaces(effects, parts)
+    if effects.appended:
+        if len(effects.appended) > 1:
+            parts.append(b',"count":%d' % len(effects.appended))
+        parts += (b',"add":[', b",".join(effects.appended), b"]")
+    return b"".join(parts)
+
+
+def _spaces(effects: Effects, parts: list[bytes]) -> None:
+    replaced = effects.replaces_variables, effects.replaces_metadata
+    if any(replaced):
+        parts.append(b',"replaces":' + text([name for name, yes in zip(("set", "meta"), replaced, strict=True) if yes]))
+    for put, drop, changes in ((b"set", b"unset", effects.variables), (b"meta", b"unmeta", effects.metadata)):
+        if changes:
+            values = {key: value for key, value in changes.items() if value is not None}
+            dropped = [key for key, value in changes.items() if value is None]
+            if values:
+                parts.append(b',"%b":%b' % (put, object_of(values)))
+            if dropped:
+                parts.append(b',"%b":%b' % (drop, text(dropped)))

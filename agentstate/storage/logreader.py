@@ -1,0 +1,266 @@
+"""Reading a log file: as little of it as the question needs, and nothing that is not verified."""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import suppress
+from operator import itemgetter
+from typing import Any, Final
+
+from .filelog import (
+    CHECKPOINT_START,
+    SEAL_SIZE,
+    Damage,
+    Run,
+    begin_of_write,
+    fields,
+    is_sealed,
+    is_torn,
+    messages_of,
+    read_header,
+    seed_of,
+)
+from .filesystem import APPEND, FILE_MODE, READ
+from .folder import Folder
+from .logimage import LogImage
+
+_TAIL: Final = 32 * 1024
+"""Bytes that are read of a file's end at first: the last checkpoint is mostly in them."""
+HEAD: Final = 8 * 1024
+"""Bytes in which any header ends."""
+_PIECE: Final = 1 << 20
+
+_NOT_WRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+_first_position = itemgetter(0)
+
+
+class LogReader:
+    """A log file, open or not. Its methods raise OSError, and Damage where the file does not say what a log says."""
+
+    __slots__ = ("context_id", "fd", "folder", "path", "seed", "writable")
+
+    def __init__(self, folder: Folder, path: str, context_id: str) -> None:
+        self.folder = folder
+        self.path = path
+        self.context_id = context_id
+        self.seed = seed_of(context_id)
+        self.fd = -1
+        self.writable = False
+
+    def open(self) -> None:
+        """Open the file for appending, or at least for reading."""
+        try:
+            self.open_for_appending(APPEND)
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
+            self.fd, self.writable = self.folder.fs.open(self.path, READ), False
+            self.folder.open_files += 1
+
+    def open_for_appending(self, flags: int) -> None:
+        """Open the file anew, for appending too."""
+        self.close()
+        self.fd, self.writable = self.folder.fs.open(self.path, flags, FILE_MODE), True
+        self.folder.open_files += 1
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            self.folder.open_files -= 1
+            with suppress(OSError):  # what it might tell of writes, a flush tells
+                self.folder.fs.close(fd)
+
+    def status(self) -> os.stat_result:
+        return self.folder.fs.descriptor_stat(self.fd)
+
+    def holds(self, seal: bytes, end: int) -> bool:
+        """Whether the line before `end` has this seal.
+
+        A new file may have the number of one that was removed; it cannot have the same line at the same place.
+        """
+        return self.read(max(0, end - SEAL_SIZE - 1), SEAL_SIZE + 1) == seal + b"\n"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """These bytes, or those of them that there are."""
+        read_at = self.folder.fs.read_at
+        data = read_at(self.fd, size, offset)
+        if len(data) == size or not data:
+            return data
+        parts = [data]
+        missing = size - len(data)
+        while missing > 0 and (data := read_at(self.fd, missing, offset + size - missing)):
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
+
+    # --- the image
+
+    def image(self, size: int) -> tuple[LogImage, list[Any] | None]:
+        """What the first `size` bytes say, and which document the log was made from."""
+        begin = max(0, size - _TAIL)
+        data = self.read(begin, size - begin)
+        while (start := _last_checkpoint(data)) < 0 and begin > 0:
+            more = min(begin, 3 * len(data))
+            begin -= more
+            data = self.read(begin, more) + data
+        start = max(start, 0)
+        image = LogImage(self.context_id)
+        adopted = None
+        try:
+            adopted = self._header(data if begin == 0 else self.read(0, HEAD))
+            if begin + start > 0:
+                self._check_write(begin + start, data[start : data.index(b"\n", start)])
+            image.log_end = begin + start
+            image.replay(data[start:], image.log_end)
+            good_end, damage = image.log_end, None
+        except Damage as error:
+            good_end, damage = error.offset, error
+        if good_end < size:
+            self.check_torn(good_end, size, damage)
+        if good_end < begin + start:  # what the checkpoint builds on never reached the disk
+            return self.image(good_end) if good_end > 0 else (LogImage(self.context_id), None)
+        return image, adopted
+
+    def _header(self, data: bytes) -> list[Any] | None:
+        said = read_header(data, self.seed)
+        if said["id"] != self.context_id:
+            raise Damage(0, f"it is the log of {said['id']!r}")
+        adopted: list[Any] | None = said.get("adopted")
+        return adopted
+
+    def _check_write(self, offset: int, checkpoint: bytes) -> None:
+        """Check the lines that were written together with a checkpoint: it may have reached the disk, and they not.
+
+        (With fsync "no" that holds for lines long before it too. It is noticed when they are read.)
+        """
+        if not is_sealed(checkpoint, self.seed, offset):
+            return  # the replay says so
+        position = begin_of_write(checkpoint, offset)
+        for line in self.read(position, offset - position).split(b"\n")[:-1]:
+            if not is_sealed(line, self.seed, position):
+                raise Damage(position, "a line's checksum does not match")
+            position += len(line) + 1
+
+    def catch_up(self, image: LogImage, size: int) -> None:
+        """Take in what the file has grown by since `image` was read."""
+        begin = image.log_end
+        damage = None
+        try:
+            image.replay(self.read(begin, size - begin), begin)
+        except Damage as error:
+            damage = error
+        if image.log_end < size:
+            self.check_torn(image.log_end, size, damage)
+
+    def check_torn(self, offset: int, size: int, damage: Damage | None = None) -> None:
+        """Raise Damage unless what stands between is what a crash leaves behind."""
+        if not is_torn(self.read(offset, size - offset), self.seed, offset):
+            raise damage or Damage(offset, "the newline of the last line is another byte")
+
+    def last_line(self) -> dict[str, Any] | None:
+        """What the last line says, if it fits into a few kilobytes and the file ends with it."""
+        size = self.status().st_size
+        begin = max(0, size - HEAD)
+        data = self.read(begin, size - begin)
+        start = data.rfind(b"\n", 0, -1) + 1
+        if start == 0 or data[-1:] != b"\n" or not is_sealed(data[start:-1], self.seed, begin + start):
+            return None
+        try:
+            return fields(data[start:-1])
+        except ValueError:
+            return None
+
+    # --- messages
+
+    def messages(self, image: LogImage, first: int, stop: int) -> list[bytes]:
+        """The messages at positions [first, stop), which are within the history."""
+        runs = image.runs
+        while image.older is not None and (not runs or runs[0][0] > first):
+            self._read_older_runs(image, image.older)
+        index = bisect_right(runs, first, key=_first_position) - 1
+        messages: list[bytes] = []
+        position = first
+        while position < stop:
+            if index < 0 or index >= len(runs):
+                raise Damage(0, f"nothing says where message {position} is")
+            end = runs[index + 1][0] if index + 1 < len(runs) else image.end
+            messages += self._run(runs[index], position, min(stop, end))
+            position = min(stop, end)
+            index += 1
+        return messages
+
+    def _read_older_runs(self, image: LogImage, place: tuple[int, int]) -> None:
+        offset, size = place
+        line = self.read(offset, size)[:-1]
+        if not is_sealed(line, self.seed, offset):
+            raise Damage(offset, "a checkpoint's checksum does not match")
+        try:
+            # After this field come numbers only, so its last occurrence is the field.
+            said = fields(b"{" + line[line.rindex(b',"runs":') + 1 :] if b',"runs":' in line else line)
+            runs: list[Run] = said["runs"] if "runs" in said else said["index"]
+            older = said.get("older")
+            if older is not None and older[0] >= offset:
+                raise ValueError("it names a later one as the one before")
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damage(offset, f"a checkpoint is not understood ({error})") from error
+        stop = image.runs[0][0] if image.runs else image.end
+        runs = [run for run in runs if run[0] < stop]  # the others were popped
+        image.runs[:0] = runs
+        image.listed += len(runs)
+        image.older = None if older is None else (older[0], older[1])
+
+    def _run(self, run: Run, first: int, stop: int) -> list[bytes]:
+        """The messages [first, stop) of a run, from its last line backwards."""
+        begin, count, offset, size = run
+        data = self.read(offset, size)
+        limit = len(data) - 1
+        if limit < 0 or data[limit] != 10:
+            raise Damage(offset, "a line ends before its end")
+        end = begin + count
+        parts: list[list[bytes]] = []
+        while end > first:
+            start = data.rfind(b"\n", 0, max(limit, 0)) + 1
+            line = data[start:limit]
+            if limit <= 0 or not is_sealed(line, self.seed, offset + start):
+                raise Damage(offset + start, "a line's checksum does not match")
+            limit = start - 1
+            added = messages_of(line)
+            if not added:
+                continue
+            begin = end - len(added)
+            if begin < stop:
+                parts.append(added[max(0, first - begin) : stop - begin] if begin < first or end > stop else added)
+            end = begin
+        parts.reverse()
+        return [message for part in parts for message in part]
+
+    # --- all of it
+
+    def lines(self, end: int) -> Iterator[bytes]:
+        """Everything up to `end`, in pieces of whole lines, each verified."""
+        offset, rest = 0, b""
+        while offset < end:
+            data = self.read(offset + len(rest), min(_PIECE, end - offset - len(rest)))
+            if not data:
+                raise Damage(offset, "a line ends before its end")
+            data = rest + data
+            begin = 0
+            while (stop := data.find(b"\n", begin)) >= 0:
+                if not is_sealed(data[begin:stop], self.seed, offset + begin):
+                    raise Damage(offset + begin, "a line's checksum does not match")
+                begin = stop + 1
+            yield data[:begin]
+            offset += begin
+            rest = data[begin:]
+
+
+def _last_checkpoint(data: bytes) -> int:
+    """Where the last complete checkpoint line in `data` begins, or -1."""
+    position = data.rfind(CHECKPOINT_START)
+    while position >= 0 and data.find(b"\n", position + 1) < 0:
+        position = data.rfind(CHECKPOINT_START, 0, position)
+    return position + 1 if position >= 0 else -1

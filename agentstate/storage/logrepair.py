@@ -1,0 +1,238 @@
+"""Looking through logs as a whole, and saving what is intact in a damaged one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from ..errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError
+from .documentfile import DOCUMENT, context_of_document
+from .filelog import Damage, fields, is_sealed, seal_ends
+from .filesystem import unavailable, write_whole
+from .folder import Folder, NamePages
+from .leftbehind import LeftDocument
+from .logfile import SUFFIX, LogFile, context_of_log, log_file
+from .logimage import LogImage
+from .logreader import LogReader
+
+DAMAGED: Final = ".damaged"
+"""What is appended to the name of a damaged log once its intact part has taken its place."""
+
+_PIECE: Final = 1 << 20
+_PAGE: Final = 500
+
+
+class Problem(NamedTuple):
+    """Something in a store that is not as it should be."""
+
+    context_id: str | None
+    path: str
+    reason: str
+
+
+class Repair(NamedTuple):
+    """What became of a damaged conversation."""
+
+    context_id: str
+    messages: int
+    """How many messages it has now."""
+    lost_bytes: int
+    """How much of the file could not be understood."""
+    original: str | None
+    """Where the damaged file is now; None if there was no damage, and nothing was done."""
+
+
+def problems(folder: Folder) -> Iterator[Problem]:
+    """What is damaged of all that is stored in a folder, in whatever layout. Raises StateUnavailableError."""
+    names = NamePages(folder, (SUFFIX, DOCUMENT))
+    cursor: str | None = ""
+    while cursor is not None:
+        page, cursor = names.page(cursor, _PAGE)
+        for name in page:
+            context_id = None
+            try:
+                if name.endswith(DOCUMENT):
+                    context_id = context_of_document(folder, name[: -len(DOCUMENT)])
+                    reason = None if context_id is None else _examine_document(folder, context_id)
+                else:
+                    context_id = context_of_log(folder, name[: -len(SUFFIX)])
+                    reason = None if context_id is None else examine(log_file(folder, context_id))
+            except StateCorruptedError as error:
+                reason = str(error)
+            if reason is not None:
+                yield Problem(context_id, folder.file(name), reason)
+
+
+def _examine_document(folder: Folder, context_id: str) -> str | None:
+    try:
+        LeftDocument(folder, context_id).read()
+    except (StateCorruptedError, StateConflictError) as error:
+        return str(error)
+    return None
+
+
+def examine(log: LogFile) -> str | None:
+    """What is wrong with a log, as a whole; None if nothing is. Raises StateUnavailableError."""
+    try:
+        image = log.refresh()
+        if log.identity is None:
+            return None
+        whole = _replayed(log.reader, image.log_end)
+        if _state(whole) != _state(image):
+            return "the last checkpoint does not say what the lines before it say"
+        for first in range(image.start, image.end, _PAGE):
+            stop = min(image.end, first + _PAGE)
+            if log.reader.messages(image, first, stop) != log.reader.messages(whole, first, stop):
+                return f"the checkpoints do not say where message {first} and those after it are"
+    except Damage as damage:
+        return str(damage)
+    except (StateCorruptedError, StateConflictError) as error:
+        return str(error)
+    except OSError as error:
+        if isinstance(error, StateError):
+            raise
+        raise unavailable(error, "read", log.path, log.context_id) from error
+    finally:
+        log.reader.close()
+    return None
+
+
+def _replayed(reader: LogReader, end: int) -> LogImage:
+    """What all lines together say."""
+    image = LogImage(reader.context_id)
+    offset = 0
+    for piece in reader.lines(end):
+        image.replay(piece, offset)
+        offset += len(piece)
+    return image
+
+
+def _state(image: LogImage) -> tuple[Any, ...]:
+    return (
+        image.exists, image.user_id, image.created, image.updated, image.revision, image.expires,
+        image.start, image.end, image.variables, image.metadata, image.forget,
+    )  # fmt: skip
+
+
+def repair(log: LogFile) -> Repair:
+    """Put what is intact of a damaged log in its place, and keep the damaged file beside it.
+
+    What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
+    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError.
+    """
+    if examine(log) is None:
+        image = log.current
+        if log.identity is None:
+            raise ContextNotFoundError(f"there is no log of {log.context_id!r}", context_id=log.context_id)
+        return Repair(log.context_id, image.end - image.start, 0, None)
+    fs, original = log.folder.fs, log.path + DAMAGED
+    try:
+        log.reader.open()
+        data = b"".join(_all_of(log.reader))
+        write_whole(fs, original, (data,))
+    except OSError as error:
+        raise unavailable(error, "set aside", log.path, log.context_id) from error
+    finally:
+        log.forget()
+    salvage = _Salvage(log.context_id)
+    intact = 0
+    for line, offset in _intact_lines(data, log.reader.seed):
+        intact += len(line) + 1
+        salvage.take(line, offset)
+    image, messages = salvage.image, salvage.messages
+    log.replace_with(image, salvage.adopted, lambda first, stop: messages[first - image.start : stop - image.start])
+    try:
+        log.folder.sync()
+    except OSError as error:
+        raise unavailable(error, "flush", log.folder.path, log.context_id) from error
+    return Repair(log.context_id, len(messages), len(data) - intact, original)
+
+
+def _all_of(reader: LogReader) -> Iterator[bytes]:
+    offset = 0
+    while piece := reader.read(offset, _PIECE):
+        yield piece
+        offset += len(piece)
+
+
+def _intact_lines(data: bytes, seed: int) -> Iterator[tuple[bytes, int]]:
+    """The lines whose seals hold, with their offsets; also those whose newline alone is damaged."""
+    begin = 0
+    while begin < len(data):
+        newline = data.find(b"\n", begin)
+        stop = len(data) if newline < 0 else newline
+        line = data[begin:stop]
+        end = next((end for end in seal_ends(line) if is_sealed(line[:end], seed, begin)), None)
+        if end is None:
+            begin = stop + 1
+        else:
+            yield line[:end], begin
+            begin += end + 1
+
+
+class _Salvage:
+    """Puts a context together from the lines that are left."""
+
+    def __init__(self, context_id: str) -> None:
+        self.image = LogImage(context_id)
+        self.messages: list[bytes] = []
+        self.adopted: list[Any] | None = None
+
+    def take(self, line: bytes, offset: int) -> None:
+        try:
+            said = fields(line)
+        except ValueError:  # sealed, and yet not JSON: nothing that this agentstate wrote
+            return
+        self.adopted = said.get("adopted", self.adopted)
+        if "rev" in said:
+            self._record(said, offset, len(line) + 1)
+        elif "checkpoint" in said:
+            self._checkpoint(said, offset, len(line) + 1)
+        elif "history" in said:
+            self._move_to(said["history"])
+            self._add(said["add"])
+
+    def _record(self, said: dict[str, Any], offset: int, size: int) -> None:
+        image = self.image
+        if "created" in said:
+            self.messages = []
+        elif not image.exists:  # what came before is lost
+            said["created"] = said["at"]
+        else:
+            image.revision = said["rev"] - 1
+            keep = said.pop("keep", image.end)
+            start = said.pop("start", image.start)
+            del self.messages[max(0, min(keep, image.end) - image.start) :]
+            image.end = image.start + len(self.messages)
+            dropped = max(0, min(start, image.end) - image.start)
+            del self.messages[:dropped]
+            image.start += dropped
+        added = said.pop("add", [])
+        start, end = image.start, image.end
+        image.replay_record(said, offset, size)
+        if "created" in said:
+            image.start = image.end = said.get("keep", 0)
+        else:
+            image.start, image.end = start, end
+        self._add(added)
+
+    def _checkpoint(self, said: dict[str, Any], offset: int, size: int) -> None:
+        start, end = self.image.start, self.image.end
+        stop = said.get("end", 0)
+        self.image.revision = -1  # so that it is taken at its word
+        self.image.replay_checkpoint(said, offset, size)
+        self.image.start, self.image.end = start, end
+        if not self.image.exists:
+            self.messages = []
+            self.image.start = self.image.end = 0
+        elif stop >= end:
+            self._move_to(stop)
+
+    def _move_to(self, position: int) -> None:
+        """The next message has this position: those before moved down by what is lost between."""
+        self.image.end = position
+        self.image.start = position - len(self.messages)
+
+    def _add(self, messages: list[bytes]) -> None:
+        self.messages += messages
+        self.image.end += len(messages)

@@ -1,0 +1,853 @@
+-- Carries out operations on contexts, each of them as one atomic step. The rules are those of resolve.py.
+--
+-- KEYS: of every operation the hash (state), the list (history) and the sorted set of remembered commits; then the lease of
+-- those that need it.
+-- ARGV: settings of the call, and then the operations. Of each operation first its shape: three bytes that count its
+-- arguments (big-endian), a letter for its kind, and a letter for each of its parts, whose arguments follow in that
+-- order. Values, messages and names are opaque. The settings are "not_after", or "not_after ttl earlier confirm":
+--   not_after  microseconds of this server's clock; a copy of the call that arrives later is refused
+--   ttl        microseconds, or 0
+--   earlier    the largest not_after of earlier copies of these operations, whose fate is unknown; or 0
+--   confirm    1: replicas will be waited for, so even a commit that was applied before has to write something
+-- Answers an array: first this server's time (16 digits) with a code letter for each operation, then an element for
+-- each code that has more to say.
+--
+-- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Every function that is made here,
+-- and every variable that it catches, costs about as much as a command, and that for each call of the script: so there
+-- are few of them, and what most calls do without is made when it is needed (`seldom`).
+
+local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
+local clock = call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local now_text = clock[1] .. string.sub('00000' .. clock[2], -6)
+local not_after, ttl, earlier, confirm = tonumber(args[1]), 0, 0, false
+if not not_after then
+  not_after, ttl, earlier, confirm = string.match(args[1], '^(%d+) (%d+) (%d+) (%d)$')
+  not_after, ttl, earlier, confirm = tonumber(not_after), tonumber(ttl), tonumber(earlier), confirm == '1'
+end
+-- A call from the far future was stamped before the clock was set back: its commits would be forgotten too early.
+local late = now > not_after or not_after > now + WINDOW
+local wrote = false -- whether the operation at hand has written something
+
+-- What most calls do without.
+local function seldom()
+  local byte, sub, format, match = string.byte, string.sub, string.format, string.match
+  local floor, concat = math.floor, table.concat
+  local make = {}
+
+  function make.each_thousand(command, key, items)
+    local last
+    for first = 1, #items, 1000 do
+      last = call(command, key, unpack(items, first, math.min(first + 999, #items)))
+    end
+    return last
+  end
+
+  -- Of another type than ours under the key of a context: AgentUp's document, or something that is not touched.
+  function make.strange(problem, k)
+    if sub(problem.err, 1, 9) ~= 'WRONGTYPE' then
+      error(problem)
+    end
+    local state, history, commits = keys[k], keys[k + 1], keys[k + 2]
+    local kind = call('TYPE', state).ok
+    if kind ~= 'string' then
+      return 'w', { state, kind }
+    end
+    if call('EXISTS', history) == 1 or (call('EXISTS', commits) == 1 and not call('ZSCORE', commits, '')) then
+      return 'y'
+    end
+    return 'd', call('GET', state)
+  end
+
+  -- Remembered commits are the members of a sorted set, by time. What belongs to one of them is a second member of the
+  -- same time: '\n', its id, '\n', its answer; or '\t', its id, '\t', and the not_after of a copy that was on its way
+  -- when the commit was refused. The member '' says that the context was cleared.
+  local function companion(commits, commit_id, time)
+    for _, member in ipairs(call('ZRANGEBYSCORE', commits, time, time)) do
+      local kind = sub(member, 1, 1)
+      if (kind == '\n' or kind == '\t') and sub(member, 2, #commit_id + 2) == commit_id .. kind then
+        return kind, sub(member, #commit_id + 3), member
+      end
+    end
+    return '\n', ''
+  end
+
+  local function remember(commits, time, commit_id, answer)
+    if answer ~= '' then
+      call('ZADD', commits, time, concat({ '\n', commit_id, '\n', #answer > LARGEST_KEPT and '!' or answer }))
+    end
+  end
+
+  -- What a commit answers whose id is known; nothing if it may be applied.
+  function make.known(commits, commit_id)
+    local time = call('ZSCORE', commits, commit_id)
+    if not time then
+      return
+    end
+    local kind, value, member = companion(commits, commit_id, time)
+    if kind == '\t' then
+      if not_after <= tonumber(value) then
+        return 'L', value
+      end
+      call('ZREM', commits, commit_id, member)
+      return
+    end
+    if confirm then
+      call('ZADD', commits, now_text, '\r')
+    end
+    if value == '' then
+      return 'k'
+    elseif value == '!' then
+      return 'A'
+    end
+    return 'a', value
+  end
+
+  -- The outcome of a commit that changes nothing: unless it did before.
+  function make.unchanged(exists, k, commit_id, code, detail)
+    local commits = keys[k + 2]
+    local before, answer = make.known(commits, commit_id)
+    if before then
+      return before, answer
+    end
+    if earlier > 0 and code ~= 'L' then
+      -- The copy that was sent earlier may still arrive, and would contradict this answer.
+      call('ZADD', commits, now_text, commit_id, now_text, format('\t%s\t%016.0f', commit_id, earlier))
+      if not exists then
+        call('ZADD', commits, 'inf', '')
+        call('PEXPIRE', commits, REMEMBER_CLEARED)
+      end
+    end
+    return code, detail
+  end
+
+  -- Forgets the commits that are neither among the last ones nor could still arrive a second time.
+  function make.forget(commits)
+    local most = call('ZCARD', commits) - 2 * REMEMBERED
+    if most > 0 then
+      local old = math.min(most, call('ZCOUNT', commits, '-inf', format('(%.0f', now - WINDOW)))
+      if old > 0 then
+        call('ZREMRANGEBYRANK', commits, 0, old - 1)
+      end
+    end
+  end
+
+  function make.expire_at(k, time)
+    local milliseconds = floor((time + 999) / 1000)
+    call('PEXPIREAT', keys[k], milliseconds)
+    call('PEXPIREAT', keys[k + 1], milliseconds)
+    call('PEXPIREAT', keys[k + 2], math.max(milliseconds, floor(now / 1000) + REMEMBER_CLEARED))
+  end
+
+  -- Takes all that is pending in a space ('v' variables, 'm' metadata) back.
+  function make.hide(pending, letter)
+    for field in pairs(pending) do
+      if byte(field) == letter then
+        pending[field] = nil
+      end
+    end
+  end
+
+  -- An integer of up to 24 digits in two parts of one sign; nothing for anything else.
+  local function parts_of(text)
+    local sign, digits = match(text, '^(-?)(%d+)$')
+    if not digits or #digits > 24 then
+      return
+    end
+    local high, low = tonumber(sub(digits, 1, -13)) or 0, tonumber(sub(digits, -12))
+    if sign == '-' then
+      return -high, -low
+    end
+    return high, low
+  end
+
+  -- The sum of two integers in decimal, exactly (a double has but 15 digits); nothing if one is too large or no integer.
+  function make.sum(a, b)
+    local high_a, low_a = parts_of(a)
+    local high_b, low_b = parts_of(b)
+    if not high_a or not high_b then
+      return
+    end
+    local high, low = high_a + high_b, low_a + low_b
+    if low >= 1e12 then
+      high, low = high + 1, low - 1e12
+    elseif low <= -1e12 then
+      high, low = high - 1, low + 1e12
+    end
+    if high > 0 and low < 0 then
+      high, low = high - 1, low + 1e12
+    elseif high < 0 and low > 0 then
+      high, low = high + 1, low - 1e12
+    end
+    if high == 0 then
+      return format('%.0f', low + 0) -- "+ 0" makes 0 of -0
+    end
+    return format('%.0f%012.0f', high, math.abs(low))
+  end
+
+  -- Replaces AgentUp's document by what a commit makes of it, which the client has resolved. f: inside a turn.
+  function make.convert(shape, a, k)
+    local state, history, commits, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a + 1]
+    local document, answer = args[a + 2], args[a + 3]
+    a = a + 4
+    if late then
+      return make.unchanged(true, k, commit_id, 'L', '')
+    end
+    if byte(shape, 5) == 102 then
+      if call('GET', keys[k + 3]) ~= args[a] then
+        return make.unchanged(true, k, commit_id, 'l')
+      end
+      a = a + 1
+    end
+    if call('TYPE', state).ok ~= 'string' or call('GET', state) ~= document then
+      return 'z' -- not that document any more: begin again
+    end
+    local code, detail = make.known(commits, commit_id)
+    if code then
+      return code, detail
+    end
+    local count = tonumber(args[a])
+    local remaining = call('PTTL', state)
+    local messages = a + count + 1
+    local remembered = messages + tonumber(args[messages]) + 1
+    local before = tonumber(args[remembered])
+    call('ZADD', commits, now_text, commit_id)
+    wrote = true
+    remember(commits, now_text, commit_id, answer)
+    for i = remembered + 1, remembered + before, 2 do
+      local time = format('%.0f', now - before + i - remembered)
+      call('ZADD', commits, time, args[i])
+      remember(commits, time, args[i], args[i + 1])
+    end
+    call('UNLINK', state)
+    if count == 0 then -- the commit deletes it
+      call('ZADD', commits, 'inf', '')
+      call('PEXPIRE', commits, REMEMBER_CLEARED)
+    else
+      local expires = (ttl > 0 and now + ttl) or (remaining > 0 and now + remaining * 1000)
+      local set, fresh = { 'exp', expires and format('%.0f', expires) or '' }, {}
+      for i = a + 1, a + count do
+        set[#set + 1] = args[i]
+      end
+      make.each_thousand('HSET', state, set)
+      for i = messages + 1, remembered - 1 do
+        fresh[#fresh + 1] = args[i]
+      end
+      make.each_thousand('RPUSH', history, fresh)
+      call('ZREM', commits, '')
+      if expires then
+        make.expire_at(k, expires)
+      else
+        call('PERSIST', commits)
+      end
+    end
+    if answer == '' then
+      return 'k'
+    end
+    return 'a', answer
+  end
+
+  -- Takes (t), renews (r) or gives back (l) the lease of a turn. u: bound to a user.
+  function make.lease(shape, a, k)
+    local id, token, milliseconds = args[a], args[a + 1], args[a + 2]
+    if late then
+      return 'L', ''
+    end
+    if byte(shape, 6) == 117 then
+      local stored = attempt('HMGET', keys[k], 'id', 'user')
+      if stored.err then
+        return make.strange(stored, k)
+      end
+      if stored[1] and stored[1] ~= id then
+        return 'i', stored[1]
+      end
+      if stored[1] and stored[2] ~= args[a + 3] then
+        return 'o'
+      end
+    end
+    local action, holder = byte(shape, 5), call('GET', keys[k + 3])
+    if holder ~= token and (holder or action ~= 116) then
+      return 'f'
+    end
+    wrote = true
+    if action == 108 then
+      call('DEL', keys[k + 3])
+    else
+      call('SET', keys[k + 3], token, 'PX', milliseconds)
+    end
+    return 't'
+  end
+
+  -- A commit that failed before it wrote anything: where writing is refused (no memory left, a replica), it may have
+  -- been applied before.
+  function make.refused(commits, commit_id, problem)
+    local fine, code, answer = pcall(make.known, commits, commit_id)
+    if fine and code then
+      return code, answer
+    end
+    return 'e', problem
+  end
+
+  return make
+end
+
+local rare -- what `seldom` has made
+
+-- A change of a context. Letters of the conditions, which come first:
+--   u bound to a user; f inside a turn; n not to exist; w idle for microseconds; e, g a variable has a value, is absent;
+--   r what is answered if no change does
+-- and of the changes, uppercase those that make an absent context exist:
+--   A append a message; B append several; S set a key; M set several; Y, Z replace all variables, all metadata;
+--   I increment; J the same, added up by the client; C exist; O exist, owned; T set the owner; R restore;
+--   d drop a key; t trim; p pop; x delete
+local function commit(shape, a, k)
+  local state, history, commits, id, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a], args[a + 1]
+  a = a + 2
+  local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'start', 'end', 'user', 'exp')
+  if stored.err then
+    rare = rare or seldom()
+    return rare.strange(stored, k)
+  end
+  local exists = stored[1] and true
+  if exists and stored[1] ~= id then
+    return 'i', stored[1]
+  end
+  if late then
+    rare = rare or seldom()
+    return rare.unchanged(exists, k, commit_id, 'L', '')
+  end
+
+  local user, updated, revision, start, keep, expires = '', 0, 0, 0, 0, ''
+  if exists then
+    updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
+    user, expires = stored[6], stored[7]
+  end
+  local first, last, owner = start, keep, user -- as stored
+  local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
+  local fresh, n -- messages to append: the table of several, the one, or none
+  n = 0
+  local answer, touched, deletes = '', false, false
+  -- Keys that were set (or dropped: false); whether nothing that is stored in that space counts any more
+  local pending, no_variables, no_metadata = nil, not exists, not exists
+
+  for j = 5, #shape do
+    local part = string.byte(shape, j)
+    if part < 97 then
+      if not present then
+        present, user, created, touched = true, bound, true, true
+      elseif part ~= 67 and part ~= 79 then -- all but C and O change something for sure
+        touched = true
+      end
+    end
+    if part == 65 then -- A
+      if n == 0 then
+        fresh = { args[a] }
+      else
+        fresh[n + 1] = args[a]
+      end
+      n = n + 1
+      a = a + 1
+    elseif part == 83 then -- S
+      pending = pending or {}
+      pending[args[a]] = args[a + 1]
+      a = a + 2
+    elseif part == 117 then -- u
+      bound = args[a]
+      if exists and user ~= bound then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'o')
+      end
+      a = a + 1
+    elseif part == 116 then -- t
+      touched = touched or present
+      local stays = keep + n - tonumber(args[a])
+      if stays > start then
+        start = stays
+        if start > keep then
+          local rest = {}
+          for i = start - keep + 1, n do
+            rest[#rest + 1] = fresh[i]
+          end
+          fresh, keep, n = rest, start, #rest
+        end
+      end
+      a = a + 1
+    elseif part == 102 then -- f
+      if call('GET', keys[k + 3]) ~= args[a] then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'l')
+      end
+      a = a + 1
+    elseif part == 73 or part == 74 or part == 100 then -- I, J, d
+      pending = pending or {}
+      local field = args[a]
+      local current = pending[field]
+      if current == nil then
+        local hidden = no_metadata
+        if string.byte(field) == 118 then
+          hidden = no_variables
+        end
+        current = not hidden and call('HGET', state, field)
+      end
+      if part == 100 then
+        touched = touched or present
+        answer = 'false'
+        if current then
+          answer = 'true'
+          pending[field] = false
+        end
+        a = a + 1
+      else
+        local total
+        if part == 73 then
+          local before, by = current or '0', args[a + 1]
+          if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
+            total = string.format('%.0f', before + by)
+          else
+            rare = rare or seldom()
+            total = rare.sum(before, by)
+          end
+          a = a + 2
+        else -- from this value, or none
+          total = current == (args[a + 1] == '1' and args[a + 2]) and args[a + 3]
+          a = a + 4
+        end
+        if not total then
+          rare = rare or seldom()
+          return rare.unchanged(exists, k, commit_id, 'u', { j - 5, current })
+        end
+        pending[field], answer = total, total
+      end
+    elseif part == 66 then -- B
+      if n == 0 then
+        fresh = {}
+      end
+      local count = tonumber(args[a])
+      for i = a + 1, a + count do
+        n = n + 1
+        fresh[n] = args[i]
+      end
+      a = a + 1 + count
+    elseif part == 77 or part == 89 or part == 90 then -- M, Y, Z
+      pending = pending or {}
+      if part == 89 then
+        rare = rare or seldom()
+        rare.hide(pending, 118)
+        no_variables = true
+      elseif part == 90 then
+        rare = rare or seldom()
+        rare.hide(pending, 109)
+        no_metadata = true
+      end
+      local count = tonumber(args[a])
+      for i = a + 1, a + 2 * count, 2 do
+        pending[args[i]] = args[i + 1]
+      end
+      a = a + 1 + 2 * count
+    elseif part == 112 then -- p
+      touched = touched or present
+      local count = math.min(tonumber(args[a]), keep + n - start)
+      local popped, from_stored = {}, math.max(0, count - n)
+      if from_stored > 0 then
+        popped = call('LRANGE', history, keep - from_stored - first, keep - 1 - first)
+        if #popped ~= from_stored then
+          return 'b'
+        end
+        keep = keep - from_stored
+      end
+      local stays = n - (count - from_stored)
+      for i = stays + 1, n do
+        popped[#popped + 1] = fresh[i]
+        fresh[i] = nil
+      end
+      n = stays
+      answer = '[' .. table.concat(popped, ',') .. ']'
+      a = a + 1
+    elseif part == 120 then -- x
+      touched = touched or present
+      answer = present and 'true' or 'false'
+      deletes, present, created, restored = true, false, false, false
+      user, revision, start, keep, fresh, n = '', 0, 0, 0, nil, 0
+      pending, no_variables, no_metadata = nil, true, true
+    elseif part == 79 then -- O
+      if user ~= args[a] then
+        if user ~= '' then
+          rare = rare or seldom()
+          return rare.unchanged(exists, k, commit_id, 'o')
+        end
+        user, touched = args[a], true
+      end
+      a = a + 1
+    elseif part == 84 then -- T
+      user = args[a]
+      a = a + 1
+    elseif part == 82 then -- R
+      user = args[a]
+      if not exists then
+        start = tonumber(args[a + 1])
+        keep = start
+      end
+      restored = a + 2 -- created, updated, revision, expires
+      a = a + 6
+    elseif part == 110 then -- n
+      if exists then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'x')
+      end
+    elseif part == 119 then -- w
+      if not exists or math.min(updated, now) > now - tonumber(args[a]) then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'a', 'false')
+      end
+      a = a + 1
+    elseif part == 101 then -- e
+      if (exists and call('HGET', state, args[a])) ~= args[a + 1] then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'a', '?')
+      end
+      a = a + 2
+    elseif part == 103 then -- g
+      if exists and call('HEXISTS', state, args[a]) == 1 then
+        rare = rare or seldom()
+        return rare.unchanged(exists, k, commit_id, 'a', '?')
+      end
+      a = a + 1
+    elseif part == 114 then -- r
+      answer = args[a]
+      a = a + 1
+    end
+  end
+  if not touched then
+    rare = rare or seldom()
+    if answer == '' then
+      return rare.unchanged(exists, k, commit_id, 'k')
+    end
+    return rare.unchanged(exists, k, commit_id, 'a', answer)
+  end
+
+  -- `updated` never goes backwards, and the times of a context's commits are their order: no two are the same.
+  local time, stamp = now_text, now_text
+  if updated >= now then
+    time = string.format('%016.0f', updated + 1)
+    stamp = updated < now + WINDOW and time or now_text -- a restored context may come from the future
+  end
+  local companion
+  if answer ~= '' then
+    companion = table.concat({ '\n', commit_id, '\n', #answer > LARGEST_KEPT and '!' or answer })
+  end
+
+  -- What could fail comes before the first write, or is the first write.
+  local renewed = not exists or deletes -- whether there is nothing left of what is stored
+  local debris = false
+  if renewed then
+    local kind = call('TYPE', history).ok
+    if kind ~= 'none' and kind ~= 'list' then
+      return 'w', { history, kind }
+    end
+    debris = kind == 'list' -- if not of this context, then of a hash that somebody deleted
+  elseif (start > first or keep < last) and call('LLEN', history) ~= last - first then
+    return 'b'
+  end
+  if deletes and exists then
+    -- Deleting first: it needs no memory, and a script that has written is not refused any.
+    rare = rare or seldom()
+    local code, detail = rare.known(commits, commit_id)
+    if code then
+      return code, detail
+    end
+    wrote = true
+    call('UNLINK', state, history)
+    call('ZADD', commits, stamp, commit_id, stamp, companion or commit_id)
+  else
+    local missing
+    if companion then
+      missing = 2 - call('ZADD', commits, 'NX', stamp, commit_id, stamp, companion)
+    else
+      missing = 1 - call('ZADD', commits, 'NX', stamp, commit_id)
+    end
+    if missing > 0 then
+      rare = rare or seldom()
+      if companion and call('ZSCORE', commits, companion) == stamp then
+        call('ZREM', commits, companion)
+      end
+      local code, detail = rare.known(commits, commit_id)
+      if code then
+        return code, detail
+      end
+      call('ZADD', commits, stamp, commit_id, stamp, companion or commit_id)
+    end
+    wrote = true
+    if debris then
+      call('UNLINK', history)
+    end
+  end
+  if not present then
+    rare = rare or seldom()
+    rare.forget(commits)
+    call('ZADD', commits, 'inf', '') -- says that the context was cleared
+    call('PEXPIRE', commits, REMEMBER_CLEARED)
+    if answer == '' then
+      return 'k'
+    end
+    return 'a', answer
+  end
+
+  -- The history
+  if renewed then
+    first, last = start, start
+  elseif start > first or keep < last then
+    last = math.min(keep, last)
+    if start >= last then
+      call('UNLINK', history)
+      first, last = start, start
+    else
+      call('LTRIM', history, start - first, last - first - 1)
+      first = start
+    end
+  end
+  if n > 0 then
+    local length
+    if n == 1 then
+      length = attempt('RPUSH', history, fresh[1])
+    elseif n <= 1000 then
+      length = attempt('RPUSH', history, unpack(fresh, 1, n))
+    else
+      rare = rare or seldom()
+      length = rare.each_thousand('RPUSH', history, fresh)
+    end
+    if length ~= last - first + n then
+      -- Not the list that the hash counts on: somebody else changed it.
+      if type(length) == 'number' then
+        call('LTRIM', history, 0, -n - 1)
+        length = 'b'
+      else
+        length = 'w'
+      end
+      call('ZREM', commits, commit_id, companion or commit_id)
+      wrote = false
+      return length, length == 'w' and { history, call('TYPE', history).ok } or nil
+    end
+  end
+  -- The hash
+  revision = revision + 1
+  local stop = keep + n
+  if not created and not pending and not restored and ttl == 0 and expires == ''
+    and start == tonumber(stored[4]) and user == owner then
+    call('HSET', state, 'updated', time, 'rev', revision, 'end', stop)
+  else
+    local expire = ttl > 0 and now + ttl
+    local birth = now_text
+    if restored then
+      if args[restored + 1] ~= '' then time = args[restored + 1] end
+      if args[restored + 3] ~= '' then expire = tonumber(args[restored + 3]) end
+      if not exists and args[restored] ~= '' then birth = args[restored] end
+      if not exists and args[restored + 2] ~= '' then revision = tonumber(args[restored + 2]) end
+    end
+    local set, gone
+    local m = 6
+    if created then
+      set = { 'id', id, 'updated', time, 'rev', revision, 'start', start, 'end', stop, 'user', user,
+        'exp', '', 'created', birth }
+      m = 16
+    else
+      set = { 'updated', time, 'rev', revision, 'end', stop }
+      if start ~= tonumber(stored[4]) then
+        set[m + 1], set[m + 2] = 'start', start
+        m = m + 2
+      end
+      if user ~= owner then
+        set[m + 1], set[m + 2] = 'user', user
+        m = m + 2
+      end
+    end
+    if expire then
+      set[m + 1], set[m + 2] = 'exp', string.format('%.0f', expire)
+      m = m + 2
+    elseif expires ~= '' then
+      set[m + 1], set[m + 2] = 'exp', ''
+      m = m + 2
+    end
+    if pending then
+      for field, value in pairs(pending) do
+        if value then
+          set[m + 1], set[m + 2] = field, value
+          m = m + 2
+        elseif not renewed then
+          gone = gone or {}
+          gone[#gone + 1] = field
+        end
+      end
+      if not renewed and (no_variables or no_metadata) then
+        gone = gone or {}
+        for _, field in ipairs(call('HKEYS', state)) do
+          local letter, colon = string.byte(field, 1, 2)
+          if colon == 58 and pending[field] == nil
+            and ((letter == 118 and no_variables) or (letter == 109 and no_metadata)) then
+            gone[#gone + 1] = field
+          end
+        end
+      end
+    end
+    if m <= 1000 then
+      call('HSET', state, unpack(set, 1, m))
+    else
+      rare = rare or seldom()
+      rare.each_thousand('HSET', state, set)
+    end
+    if gone then
+      rare = rare or seldom()
+      rare.each_thousand('HDEL', state, gone)
+    end
+    if created then
+      call('ZREM', commits, '')
+    end
+    if expire then
+      rare = rare or seldom()
+      rare.expire_at(k, expire)
+    elseif created then
+      call('PERSIST', commits)
+    elseif expires ~= '' then
+      call('PERSIST', state)
+      call('PERSIST', history)
+      call('PERSIST', commits)
+    end
+  end
+  if revision % REMEMBERED == 0 then
+    rare = rare or seldom()
+    rare.forget(commits)
+  end
+  if answer == '' then
+    return 'k'
+  end
+  return 'a', answer
+end
+
+-- Reads. Parts: u bound to a user; h a window of the history; g all fields of the hash, or F so many.
+local function query(shape, a, k)
+  local state, history, id = keys[k], keys[k + 1], args[a]
+  a = a + 1
+  local stored, bound, window
+  local everything = {}
+  for j = 5, #shape do
+    local part = string.byte(shape, j)
+    if part == 117 then
+      bound = args[a]
+      a = a + 1
+    elseif part == 104 then
+      window = a
+      a = a + 3
+    elseif part == 70 then
+      stored = attempt('HMGET', state, 'id', 'user', 'created', 'updated', 'rev', 'start', 'end', 'exp',
+        unpack(args, a + 1, a + tonumber(args[a])))
+    else
+      stored = attempt('HMGET', state, 'id', 'user', 'created', 'updated', 'rev', 'start', 'end', 'exp')
+      everything = nil
+    end
+  end
+  if stored.err then
+    rare = rare or seldom()
+    return rare.strange(stored, k)
+  end
+  if not stored[1] then
+    return 'n'
+  end
+  if stored[1] ~= id then
+    return 'i', stored[1]
+  end
+  if bound and stored[2] ~= bound then
+    return 'o'
+  end
+  if not window and everything then
+    return 's', stored
+  end
+  local first, messages = stored[7], {}
+  if window then
+    local start, stop = tonumber(stored[6]), tonumber(stored[7])
+    local from, before, limit = tonumber(args[window]), tonumber(args[window + 1]), tonumber(args[window + 2])
+    local last = before and math.max(start, math.min(before, stop)) or stop
+    local position = from and math.max(start, math.min(from, last)) or start
+    if limit and from then
+      last = math.min(last, position + limit)
+    elseif limit then
+      position = math.max(position, last - limit)
+    end
+    if call('LLEN', history) ~= stop - start then
+      return 'b'
+    end
+    if position < last then
+      messages = call('LRANGE', history, position - start, last - start - 1)
+    end
+    first = string.format('%.0f', position)
+  end
+  return 'S', { stored, first, messages, everything or call('HGETALL', state) }
+end
+
+-- The most frequent operation, a message for a context that exists, without the costs of the general case (it takes
+-- two thirds of the time). Where anything is unusual it leaves no trace, and the general case decides.
+local function append(a, k)
+  local stored = attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp')
+  if stored[1] ~= args[a] or stored[6] ~= '' then
+    return
+  end
+  local updated, revision, start = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4])
+  local stop = tonumber(stored[5])
+  if not (updated and revision and start and stop) or updated >= now or (revision + 1) % REMEMBERED == 0
+    or attempt('ZADD', keys[k + 2], 'NX', now_text, args[a + 1]) ~= 1 then
+    return
+  end
+  local length = attempt('RPUSH', keys[k + 1], args[a + 2])
+  if length == stop - start + 1 then
+    call('HSET', keys[k], 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
+    return 'k'
+  end
+  if type(length) == 'number' then
+    call('RPOP', keys[k + 1])
+  end
+  call('ZREM', keys[k + 2], args[a + 1])
+end
+
+local codes, results, m = {}, { '' }, 1
+local a, k, i, last = 2, 1, 0, #args
+local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
+while a <= last do
+  local shape = args[a]
+  local high, middle, low, kind = string.byte(shape, 1, 4)
+  local fine, code, detail = true
+  wrote = false
+  if unfinished and unfinished[keys[k]] then
+    code = 'z'
+  elseif shape == '\0\0\3CA' and not late and ttl == 0 then
+    code = append(a + 1, k)
+  end
+  if code then -- that was it
+  elseif kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
+    fine, code, detail = pcall(commit, shape, a + 1, k)
+  elseif kind == 81 then -- Q
+    fine, code, detail = pcall(query, shape, a + 1, k)
+  else -- L: a lease; D, G: a conversion, G needs the lease
+    rare = rare or seldom()
+    fine, code, detail = pcall(kind == 76 and rare.lease or rare.convert, shape, a + 1, k)
+  end
+  if not fine then
+    detail = type(code) == 'table' and code.err or tostring(code)
+    code = wrote and 'E' or 'e'
+    if not wrote and (kind == 67 or kind == 70) then
+      rare = rare or seldom()
+      code, detail = rare.refused(keys[k + 2], args[a + 2], detail)
+    end
+  end
+  i = i + 1
+  codes[i] = code
+  if detail then
+    m = m + 1
+    results[m] = detail
+  end
+  if code ~= 'k' and string.find('deLuz', code, 1, true) then
+    unfinished = unfinished or {}
+    unfinished[keys[k]] = true
+  end
+  a = a + 1 + high * 65536 + middle * 256 + low
+  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
+end
+results[1] = now_text .. table.concat(codes)
+return results

@@ -1,0 +1,102 @@
+"""Conversations in Valkey: shared by any number of processes and machines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..errors import StateConfigError, StateError
+from ..keys import KeySpace
+from ..operations import Operation
+from .base import Settle, StateStorage, one_of, positive_integer
+from .valkey_document import ValkeyDocuments
+from .valkey_log import LogLayout
+from .valkey_nodes import Servers
+from .valkey_risks import risks
+from .valkey_url import Address, check_options, read_url
+from .valkey_wire import Connection, ServerError
+
+_logger = logging.getLogger("agentstate.storage.valkey")
+
+_STORAGE_OPTIONS: Final = {"ttl", "max_history", "max_value_bytes", "deadline"}
+_OWN_OPTIONS: Final = {"url", "key_prefix", "layout", "max_connections", "min_replicas", "strict"}
+
+
+class ValkeyStorage(StateStorage):
+    """Keeps conversations in Valkey (or Redis 7.2 and its kin): one server, a sentinel's primary, or a cluster.
+
+    - `url`: ``valkey://[[user]:password@]host[:port][/db]``, ``valkeys://`` with TLS, ``unix:///path/to/valkey.sock``,
+      ``valkey+sentinel://host:26379,host2:26379/service``, ``valkey+cluster://host:6379,host2:6379``
+    - `key_prefix`: begins the keys of all contexts
+    - `layout`: ``log``, whose writes cost the same however long a conversation is; or ``document``, one JSON text per
+      context exactly as AgentUp has it, for running side by side with it
+    - `max_connections`: to each server
+    - `min_replicas`: a write is done when so many replicas have it
+    - `strict`: refuse a server that may lose what it acknowledged (by eviction, or at its end) rather than warn of it
+    - `username`, `password`, `db`, `client_name`, `socket_keepalive`, `sentinel_username`, `sentinel_password`, and
+      `ssl_...` as valkey-py has them; the options of the url mean the same
+
+    Times, ttl and cleanup go by the server's clock. Connects at the first operation. Raises StateConfigError.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        key_prefix: str = "agentup:state:",
+        layout: str = "log",
+        max_connections: int = 32,
+        min_replicas: int = 0,
+        strict: bool = False,
+        **options: Any,
+    ) -> None:
+        check_options(options, _STORAGE_OPTIONS, _OWN_OPTIONS)
+        super().__init__(**{name: options.pop(name) for name in _STORAGE_OPTIONS & set(options)})
+        target = read_url(url, options)
+        if min_replicas:
+            positive_integer("min_replicas", min_replicas)
+        one_of("layout", layout, ("log", "document"))
+        self.key_prefix = key_prefix
+        self._strict = strict
+        self._url = target.shown
+        self._servers = Servers(target, positive_integer("max_connections", max_connections), self._prepare)
+        keys = KeySpace(key_prefix)
+        self._layout: LogLayout | ValkeyDocuments
+        if layout == "log":
+            self._layout = LogLayout(
+                self._servers, keys, ttl=self.ttl, min_replicas=min_replicas, deadline=self.deadline
+            )
+        else:
+            self._layout = ValkeyDocuments(
+                self._servers, keys, ttl=self.ttl, min_replicas=min_replicas, deadline=self.deadline
+            )
+
+    def __repr__(self) -> str:
+        return f"ValkeyStorage({self._url!r}, key_prefix={self.key_prefix!r})"
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        if self.closed:
+            try:
+                self.check_open()
+            except StateError as error:
+                for index in range(len(operations)):
+                    settle(index, error)
+            return
+        self._layout.execute(operations, settle)
+
+    def close(self) -> None:
+        super().close()
+        self._servers.close()
+
+    def _after_fork(self) -> None:
+        self._servers.forget()
+
+    def _prepare(self, connection: Connection, address: Address) -> None:
+        loaded = connection.ask(self._layout.load_script)[0]
+        if isinstance(loaded, ServerError):
+            raise loaded
+        for risk in risks(connection, expiring=self.ttl is not None):
+            if self._strict:
+                raise StateConfigError(f"Valkey at {address} may lose what it acknowledged (strict): {risk}")
+            _logger.warning("Valkey at %s may lose what it acknowledged: %s", address, risk)

@@ -1,0 +1,31 @@
+"""Whether a server may lose what it acknowledged: by evicting keys, or at its end."""
+
+from __future__ import annotations
+
+from .valkey_wire import Connection, command
+
+
+def risks(connection: Connection, *, expiring: bool) -> list[str]:
+    """What this server may lose by the way it is set, in words for its operator.
+
+    `expiring`: whether our keys have a time to live. Where CONFIG is forbidden, INFO tells what it can.
+    """
+    memory, persistence, save = connection.ask(
+        command("INFO", "memory"), command("INFO", "persistence"), command("CONFIG", "GET", "save")
+    )
+    found = []
+    policy = info_field(memory, b"maxmemory_policy").decode()
+    if policy.startswith("allkeys-") or (policy.startswith("volatile-") and expiring):
+        found.append(f"maxmemory-policy {policy} deletes conversations when memory runs out; set it to noeviction")
+    snapshots = save[1] if isinstance(save, list) and len(save) == 2 else b"unknown"
+    if info_field(persistence, b"aof_enabled") == b"0" and not snapshots:
+        found.append("without append-only file and snapshots a restart loses everything; set appendonly to yes")
+    return found
+
+
+def info_field(info: object, name: bytes) -> bytes:
+    """A field of an answer to INFO; b"" where the answer is an error or lacks it."""
+    if not isinstance(info, bytes):
+        return b""
+    _, _, rest = info.partition(b"\n" + name + b":")
+    return rest.partition(b"\r")[0]

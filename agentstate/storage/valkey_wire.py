@@ -1,0 +1,245 @@
+"""A connection to one Valkey server: the protocol (RESP 2), packed and parsed for few large messages.
+
+valkey-py connects (addresses, TLS, unix sockets); from then on the socket is ours. Its own connections cost about as
+much for every command as a whole call of ours for fifty, and retry by rules of their own.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from struct import Struct, calcsize
+from time import monotonic
+from typing import Any, Final
+
+_RECEIVE: Final = 65536
+_SEND: Final = 1 << 18
+
+
+class ServerError(Exception):
+    """An error that the server answered with. `code` is its first word: ``WRONGTYPE``, ``NOAUTH``, ``MOVED``, ..."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = text.partition(" ")[0]
+
+
+class LostConnectionError(Exception):
+    """The connection broke or did not answer in time. What was sent on it may or may not have happened."""
+
+
+def bulk(data: bytes) -> bytes:
+    """One argument of a command, packed."""
+    return b"$%d\r\n%b\r\n" % (len(data), data)
+
+
+def number(value: int) -> bytes:
+    """An integer as one argument of a command, packed."""
+    text = b"%d" % value
+    return b"$%d\r\n%b\r\n" % (len(text), text)
+
+
+def command(*arguments: bytes | str | int) -> bytes:
+    """A whole command, packed."""
+    packed = [b"*%d\r\n" % len(arguments)]
+    for argument in arguments:
+        data = argument if isinstance(argument, bytes) else str(argument).encode()
+        packed.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(packed)
+
+
+class Connection:
+    """A socket on which one caller at a time sends commands and reads replies, before `deadline` (monotonic).
+
+    After any exception it is of no use any more, and must be closed.
+    """
+
+    __slots__ = ("_data", "_owner", "_patience", "_position", "_sock", "deadline", "run_id")
+
+    def __init__(self, owner: Any, sock: socket.socket) -> None:
+        self._owner = owner  # valkey-py's connection: closes the socket, without a goodbye after a fork
+        self._sock = sock
+        self._data = b""
+        self._position = 0
+        self._patience = 0.0  # how long the socket waits, as it was last set
+        self.deadline = 0.0
+        self.run_id = b""
+
+    def close(self) -> None:
+        self._owner.disconnect()
+
+    def send(self, packed: bytes) -> None:
+        """Send packed commands. Raises LostConnectionError."""
+        try:
+            # In pieces, because the patience of the socket is for each of them.
+            for start in range(0, len(packed), _SEND):
+                self._set_patience()
+                self._sock.sendall(packed[start : start + _SEND] if len(packed) > _SEND else packed)
+        except OSError as error:
+            raise LostConnectionError(_reason(error, "sending")) from error
+
+    def ask(self, *commands: bytes) -> list[Any]:
+        """The replies to packed commands, errors among them as values. Raises LostConnectionError."""
+        self.send(b"".join(commands))
+        return [self.read() for _ in commands]
+
+    def read(self) -> Any:
+        """The next reply. Raises LostConnectionError."""
+        line = self._line()
+        kind = line[0]
+        if kind == 36:  # $
+            size = int(line[1:])
+            return None if size < 0 else self._take(size)
+        if kind == 42:  # *
+            count = int(line[1:])
+            return None if count < 0 else self._array(count)
+        if kind == 58:  # :
+            return int(line[1:])
+        if kind == 43:  # +
+            return line[1:]
+        if kind == 45:  # -
+            return ServerError(line[1:].decode(errors="replace"))
+        raise LostConnectionError("the server does not speak the protocol of Valkey")
+
+    def _array(self, count: int) -> list[Any]:
+        items: list[Any] = []
+        append = items.append
+        while True:
+            # Most elements are texts that are here already: no call for each of these.
+            data, position = self._data, self._position
+            find, size = data.find, len(data)
+            left = count - len(items)
+            while left:
+                end = find(b"\r\n", position)
+                if end < 0 or data[position] != 36:  # $
+                    break
+                start = end + 2
+                stop = start + int(data[position + 1 : end])
+                if stop < start:  # -1: no text
+                    append(None)
+                    position = start
+                elif stop + 2 <= size:
+                    append(data[start:stop])
+                    position = stop + 2
+                else:
+                    break
+                left -= 1
+            self._position = position
+            if not left:
+                return items
+            append(self.read())
+
+    def _line(self) -> bytes:
+        while True:
+            end = self._data.find(b"\r\n", self._position)
+            if end >= 0:
+                line = self._data[self._position : end]
+                self._position = end + 2
+                if not line:
+                    raise LostConnectionError("the server does not speak the protocol of Valkey")
+                return line
+            self._data = self._data[self._position :] + self._receive(_RECEIVE)
+            self._position = 0
+
+    def _take(self, size: int) -> bytes:
+        stop = self._position + size
+        missing = stop + 2 - len(self._data)
+        if missing > 0:
+            pieces = [self._data[self._position :]]
+            while missing > 0:
+                pieces.append(self._receive(max(_RECEIVE, min(missing, 1 << 20))))
+                missing -= len(pieces[-1])
+            self._data = b"".join(pieces)
+            self._position = 0
+            stop = size
+        data = self._data[self._position : stop]
+        self._position = stop + 2
+        return data
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            self._set_patience()
+            data = self._sock.recv(size)
+        except OSError as error:
+            raise LostConnectionError(_reason(error, "waiting for an answer")) from error
+        if not data:
+            raise LostConnectionError("the server closed the connection")
+        return data
+
+    def _set_patience(self) -> None:
+        """Let the socket wait until the deadline; up to a hundredth less where that saves setting it again."""
+        left = self.deadline - monotonic()
+        if left <= 0:
+            raise LostConnectionError("no answer before the deadline")
+        if not 0.99 * left <= self._patience <= left:
+            _set_timeout(self._sock, left)
+            self._patience = left
+
+
+def _set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let every call on the socket wait for so long at most.
+
+    By the kernel's own timeouts, where it has them: with Python's there is a system call more before every other one.
+    """
+    if _TIMEVAL is None:
+        sock.settimeout(seconds)
+        return
+    sock.settimeout(None)
+    whole = int(seconds)
+    value = _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1_000_000)))  # all zero would mean for ever
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+_TIMEVAL: Final = Struct("@ll") if sys.platform == "linux" and calcsize("P") == 8 else None
+"""What the kernel's timeouts are given as: where it is known for sure."""
+
+
+def _reason(error: OSError, doing: str) -> str:
+    # What the kernel's timeout looks like on a plain socket, and under TLS (whose module may not be there).
+    if isinstance(error, TimeoutError | BlockingIOError) or type(error).__name__.startswith("SSLWant"):
+        return "no answer before the deadline"
+    return f"{error.strerror or type(error).__name__} while {doing}"
+
+
+def open_connection(
+    make: Callable[..., Any], deadline: float, greeting: Iterable[bytes]
+) -> tuple[Connection, list[Any]]:
+    """A new connection by valkey-py's connection class `make`, and the replies to the packed commands `greeting`.
+
+    Raises LostConnectionError where there is no server or no answer before the deadline.
+    """
+    from valkey.backoff import NoBackoff
+    from valkey.exceptions import ConnectionError as NoConnection
+    from valkey.exceptions import TimeoutError as NoAnswer
+    from valkey.retry import Retry
+
+    opened: list[tuple[Connection, list[Any]]] = []
+
+    def greet(owner: Any) -> None:
+        connection = Connection(owner, owner._sock)
+        connection.deadline = deadline
+        opened.append((connection, connection.ask(*greeting)))
+
+    left = deadline - monotonic()
+    if left <= 0:
+        raise LostConnectionError("no connection before the deadline")
+    owner = make(
+        socket_connect_timeout=left,
+        socket_timeout=left,
+        retry=Retry(NoBackoff(), 0),
+        retry_on_timeout=False,
+        retry_on_error=[],
+        health_check_interval=0,
+        valkey_connect_func=greet,
+    )
+    try:
+        owner.connect()
+    except (NoConnection, NoAnswer, OSError) as error:
+        owner.disconnect()
+        raise LostConnectionError(str(error)) from error
+    except BaseException:
+        owner.disconnect()
+        raise
+    return opened[0]

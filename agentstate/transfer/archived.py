@@ -1,0 +1,290 @@
+"""Contexts out of an archive."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from gzip import BadGzipFile
+from typing import Any, BinaryIO, Final, NoReturn, TypeVar
+
+from .. import codec
+from ..errors import StateCorruptedError, StateError, StateSerializationError
+from ..keys import check_context_id, check_user_id
+from ..operations import Snapshot
+from ..state import parse_time, to_microseconds
+from ..storage.base import now_microseconds
+from .archive import ARCHIVE_VERSION
+from .pieces import GROUP_BYTES, LARGEST_GROUP, PAGE, Abandoned, Context, Pages, Progress, Result, Source
+
+T = TypeVar("T")
+
+_MAX_LINE: Final = 2**30
+
+_CONTEXT_FIELDS: Final = frozenset(
+    (
+        *("context_id", "user_id", "created_at", "updated_at", "metadata", "variables", "history", "history_start"),
+        *("revision", "expires_at", "messages", "more"),
+    )
+)
+
+
+class _BadLine(ValueError):
+    """What is wrong with a line."""
+
+
+class Archived(Source):
+    """Contexts out of an archive. Bad lines are reported, and what is good is given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.number = 0
+        self.open: str | None = None  # the context whose history goes on in the next line
+        self.buffered: list[bytes] = []  # messages of its first line that are more than a page
+        self.counted = 0  # contexts since the header
+        self.expects_end = False
+        self.pushed_back: dict[str, Any] | None = None  # a line that was read too early
+        self.problem: str | None = None  # with the archive as a whole
+
+    def pieces(self, settle: Progress) -> Iterator[list[Context] | Context]:
+        group: list[Context] = []
+        size = 0
+        for said in self._lines(settle):
+            try:
+                context = self._context(said)
+            except (_BadLine, StateError) as error:
+                self._report(settle, error, said.get("context_id", said.get("continues")))
+                continue
+            if context is None:
+                continue
+            if context.whole:
+                group.append(context)
+                size += context.size
+            if group and (not context.whole or len(group) >= LARGEST_GROUP or size >= GROUP_BYTES):
+                yield group
+                group, size = [], 0
+            if not context.whole:
+                yield context
+                self.buffered = []  # if it was not wanted, neither is what is left of it
+        yield group
+
+    def _lines(self, settle: Progress) -> Iterator[dict[str, Any]]:
+        while (said := self._next(settle)) is not None:
+            yield said
+
+    def _next(self, settle: Progress | None = None) -> dict[str, Any] | None:
+        """The next line that is not blank. Bad ones are reported to `settle`, or raise _BadLine without it."""
+        if self.pushed_back is not None:
+            said, self.pushed_back = self.pushed_back, None
+            return said
+        while True:
+            try:
+                line = self.file.readline(_MAX_LINE)
+            except (EOFError, OSError, zlib.error) as error:
+                if isinstance(error, OSError) and not isinstance(error, BadGzipFile):
+                    raise
+                self.problem = f"the compressed data is cut off or damaged after line {self.number:,}"
+                return None
+            if not line:
+                return None
+            self.number += 1
+            if not line.strip():
+                continue
+            try:
+                return _parsed(line)
+            except _BadLine as error:
+                if not line.endswith(b"\n") and len(line) < _MAX_LINE:
+                    self.problem = f"it is cut off in line {self.number:,}"
+                    return None
+                if settle is None:
+                    raise
+                self._report(settle, error, None)
+
+    def _report(self, settle: Progress, error: Exception, context_id: object) -> None:
+        name = context_id if isinstance(context_id, str) else f"(line {self.number:,})"
+        bad = StateCorruptedError(f"line {self.number:,} of the archive: {error}", context_id=name)
+        settle(Result(name, "failed", error=bad))
+
+    def _context(self, said: dict[str, Any]) -> Context | None:
+        """The context that begins with a line; None for other lines. Raises _BadLine or StateError."""
+        if "context_id" in said:
+            self.open = None
+            self.counted += 1
+            return self._begun(said)
+        if "agentstate_archive" in said:
+            version = said["agentstate_archive"]
+            if version != ARCHIVE_VERSION:
+                raise _BadLine(f"an archive of version {version!r}, which this agentstate does not know: update it")
+            if self.expects_end:
+                self.problem = f"an archive in it ends before line {self.number:,} without its last line"
+            self.expects_end, self.counted = True, 0
+            return None
+        if "end" in said:
+            self._ended(said["end"])
+            return None
+        if "continues" in said:
+            self._skipped(said)
+            return None
+        if "abandoned" in said:
+            self.counted -= 1
+            self.open = None
+            return None
+        raise _BadLine(f"it is of no known kind ({', '.join(map(repr, list(said)[:5])) or 'empty'})")
+
+    def _ended(self, end: Any) -> None:
+        self.expects_end = False
+        expected = end.get("contexts") if isinstance(end, dict) else None
+        if expected != self.counted:
+            self.problem = (
+                f"line {self.number:,} says that there are {expected!r} contexts, and there are {self.counted:,} (if "
+                "you edited it: an archive may go without its first and its last line)"
+            )
+
+    def _skipped(self, said: dict[str, Any]) -> None:
+        """A line that goes on with a context nobody wants: with any other, it is in the wrong place."""
+        if said["continues"] != self.open:
+            raise _BadLine(f"it goes on with {said['continues']!r}, which does not come before it")
+        if not said.get("more"):
+            self.open = None
+
+    def _begun(self, said: dict[str, Any]) -> Context:
+        context_id = check_context_id(said["context_id"])
+        more = said.get("more") is True
+        if more:
+            self.open = context_id  # first, so that its further lines are known even if this one is bad
+        unknown = sorted(said.keys() - _CONTEXT_FIELDS)
+        if unknown:
+            raise _BadLine(f"a context has no field {unknown[0]!r}")
+        messages = _messages(said.get("history"))
+        start = _natural(said, "history_start", 0)
+        count = _natural(said, "messages", len(messages))
+        if count < len(messages) or (count > len(messages) and not more):
+            raise _BadLine(f"`messages` is {count:,}, and its history has {len(messages):,}")
+        user_id = said.get("user_id")
+        now = now_microseconds()
+        snapshot = Snapshot(
+            None if user_id is None else check_user_id(user_id),
+            _moment(said, "created_at", now),
+            _moment(said, "updated_at", now),
+            max(1, _natural(said, "revision", 1)),
+            start,
+            start + count,
+            _stored_values(said, "variables"),
+            _stored_values(said, "metadata"),
+            start,
+            messages[:PAGE],
+            _moment(said, "expires_at", None),
+        )
+        self.buffered = messages[PAGE:]
+        return Context(context_id, snapshot)
+
+    def rest(self, context: Context) -> Pages:
+        while self.buffered:
+            page, self.buffered = self.buffered[:PAGE], self.buffered[PAGE:]
+            yield page
+        while self.open is not None:
+            try:
+                said = self._next()
+            except _BadLine as error:
+                raise self._broken(context, str(error)) from error
+            if said is None:
+                raise self._broken(context, "its history is cut off")
+            if said.get("abandoned") == self.open:
+                self.open = None
+                self.counted -= 1
+                raise Abandoned
+            if said.get("continues") != self.open:
+                self.pushed_back = said
+                self.open = None
+                raise self._broken(context, "its history breaks off, and another line follows")
+            try:
+                page = _messages(said.get("history"))
+            except (_BadLine, StateError) as error:
+                raise self._broken(context, str(error)) from error
+            if not said.get("more"):
+                self.open = None
+            yield page
+
+    def _broken(self, context: Context, reason: str) -> StateCorruptedError:
+        return StateCorruptedError(
+            f"line {self.number:,} of the archive, in {context.context_id!r}: {reason}", context_id=context.context_id
+        )
+
+    def again(self, context: Context) -> Context | None:
+        raise self._broken(context, "its history has not as many messages as its first line says")
+
+    def damage(self) -> StateCorruptedError | None:
+        if self.problem is None and self.expects_end:
+            self.problem = "it is cut off: its last line is missing"
+        return None if self.problem is None else StateCorruptedError(f"the archive is not whole: {self.problem}")
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(line, parse_constant=_refused_constant, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(f"it is not JSON ({error})" if not isinstance(error, _BadLine) else str(error)) from error
+    if not isinstance(said, dict):
+        raise _BadLine("it is no JSON object")
+    return said
+
+
+def _refused_constant(name: str) -> NoReturn:
+    raise _BadLine(f"{name} is not JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise _BadLine("an object has a key twice")
+    return result
+
+
+def _messages(history: Any) -> list[bytes]:
+    if history is None:
+        return []
+    if not isinstance(history, list) or not all(isinstance(message, dict) for message in history):
+        raise _BadLine("`history` is a list of objects")
+    return [_message(message, f"history[{index}]") for index, message in enumerate(history)]
+
+
+def _message(given: dict[str, Any], path: str) -> bytes:
+    """A message as it is; one that was made by hand, with only the fields that must be, is completed."""
+    if given.keys() < {"role", "content", "timestamp", "metadata"}:
+        return codec.message_from_mapping(given, path)
+    return _stored(given, path)
+
+
+def _stored_values(said: dict[str, Any], name: str) -> dict[str, bytes]:
+    values = said.get(name)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise _BadLine(f"`{name}` is an object")
+    return {codec.key(key, name): _stored(value, f"{name}.{key}") for key, value in values.items()}
+
+
+def _stored(value: Any, path: str) -> bytes:
+    try:
+        return codec.encode(value, path, limit=_MAX_LINE)
+    except StateSerializationError as error:
+        if not isinstance(error.__cause__, UnicodeEncodeError) and "surrogate" not in str(error):
+            raise
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()  # AgentUp stores them, as escapes
+
+
+def _natural(said: dict[str, Any], name: str, default: int) -> int:
+    value = said.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _BadLine(f"`{name}` is a whole number, 0 or more")
+    return value
+
+
+def _moment(said: dict[str, Any], name: str, default: T) -> int | T:
+    text = said.get(name)
+    if text is None:
+        return default
+    try:
+        return to_microseconds(parse_time(text))
+    except (TypeError, ValueError, OverflowError):
+        raise _BadLine(f"`{name}` is a time in ISO 8601, like 2026-01-31T12:00:00+00:00") from None

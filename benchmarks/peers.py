@@ -1,0 +1,363 @@
+"""Libraries that keep conversations too, each used as its documentation says."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from agentstate import FileStorage, StateStorage, SyncConversationContext, ValkeyStorage
+
+from .measure import TEXT, Round, Run, benchmark
+from .servers import start_server
+
+
+class Peer(ABC):
+    """One conversation, kept by somebody."""
+
+    name: ClassVar[str]
+    durability: ClassVar[str]
+    flushes: ClassVar[bool] = False
+    """Whether an append waits for the disk."""
+    most: ClassVar[int] = 10_000
+    """Messages; with more it would take all day."""
+
+    def __init__(self, run: Run, server: Any) -> None:
+        self.stack = ExitStack()
+        self.run = run
+        self.open(server.url if server is not None else "")
+
+    @abstractmethod
+    def open(self, url: str) -> None:
+        """Begin the conversation."""
+
+    @abstractmethod
+    def fill(self, length: int) -> None:
+        """Add so many messages, in whatever way is quick."""
+
+    @abstractmethod
+    def append(self) -> None:
+        """Add one message."""
+
+    @abstractmethod
+    def last(self, limit: int) -> Any:
+        """Read the last messages."""
+
+    def runner(self) -> asyncio.Runner:
+        """An event loop as long as the peer lives."""
+        return self.stack.enter_context(asyncio.Runner())
+
+
+class _Ours(Peer):
+    def open(self, url: str) -> None:
+        self.context = SyncConversationContext(self.storage(url))
+        self.stack.callback(self.context.close)
+
+    def storage(self, url: str) -> StateStorage:
+        raise NotImplementedError
+
+    def fill(self, length: int) -> None:
+        for begin in range(0, length, 500):
+            self.context.extend_history("one", [{"role": "user", "content": TEXT}] * min(500, length - begin))
+
+    def append(self) -> None:
+        self.context.add_to_history("one", "user", TEXT)
+
+    def last(self, limit: int) -> Any:
+        return self.context.get_history("one", limit=limit)
+
+
+class OurFiles(_Ours):
+    name = "agentstate, files"
+    durability = "flushed before the call returns"
+    most = 100_000
+
+    def storage(self, url: str) -> StateStorage:
+        return FileStorage(self.run.folder("ours"))
+
+
+class OurLazyFiles(_Ours):
+    name = "agentstate, files, fsync: no"
+    durability = "survives kill -9, not power loss"
+    most = 100_000
+
+    def storage(self, url: str) -> StateStorage:
+        return FileStorage(self.run.folder("ours"), fsync="no")
+
+
+class OurValkey(_Ours):
+    name = "agentstate, Valkey"
+    durability = "the server's"
+    most = 100_000
+
+    def storage(self, url: str) -> StateStorage:
+        return ValkeyStorage(url)
+
+
+class _AgentUp(Peer):
+    """AgentUp's own storage: its one module, which needs none of the framework. Keeps the last 100 messages."""
+
+    most = 100
+
+    def open(self, url: str) -> None:
+        self._runner = self.runner()
+        module = _agentup()
+        self._context = module.ConversationContext(self.storage(module, url))
+
+    def storage(self, module: Any, url: str) -> Any:
+        raise NotImplementedError
+
+    def fill(self, length: int) -> None:
+        async def work() -> None:
+            state = await self._context.get_or_create("one")
+            message = {"role": "user", "content": TEXT, "timestamp": "2025-01-01T00:00:00+00:00", "metadata": {}}
+            state.history = [dict(message) for _ in range(length)]
+            await self._context.storage.set(state)
+
+        self._runner.run(work())
+
+    def append(self) -> None:
+        self._runner.run(self._context.add_to_history("one", "user", TEXT))
+
+    def last(self, limit: int) -> Any:
+        return self._runner.run(self._context.get_history("one", limit=limit))
+
+
+class AgentUpFiles(_AgentUp):
+    name = "AgentUp, files"
+    flushes = True
+    durability = "file flushed, folder not; no lock between processes"
+
+    def storage(self, module: Any, url: str) -> Any:
+        return module.FileStorage(str(self.run.folder("agentup")))
+
+
+class AgentUpValkey(_AgentUp):
+    name = "AgentUp, Valkey"
+    durability = "the server's; concurrent writers overwrite each other"
+
+    def storage(self, module: Any, url: str) -> Any:
+        storage = module.ValkeyStorage(url, key_prefix="agentup-peer:")
+        self.stack.callback(lambda: self._runner.run(storage.client.aclose()))
+        return storage
+
+
+def _agentup() -> Any:
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    package = importlib.util.find_spec("agent")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("agentup")
+    path = Path(package.submodule_search_locations[0]) / "state" / "context.py"
+    spec = importlib.util.spec_from_file_location("agentup_state_context", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class LangChainFiles(Peer):
+    name = "LangChain FileChatMessageHistory"
+    durability = "not flushed; rewritten in place, so that a crash can lose everything"
+
+    def open(self, url: str) -> None:
+        from langchain_community.chat_message_histories import FileChatMessageHistory
+        from langchain_core.messages import HumanMessage, messages_to_dict
+
+        self._message = HumanMessage
+        self._as_dicts = messages_to_dict
+        self._path = self.run.folder("langchain") / "one.json"
+        self._history = FileChatMessageHistory(str(self._path))
+
+    def fill(self, length: int) -> None:
+        import json
+
+        self._path.write_text(json.dumps(self._as_dicts([self._message(content=TEXT)] * length)))
+
+    def append(self) -> None:
+        self._history.add_message(self._message(content=TEXT))
+
+    def last(self, limit: int) -> Any:
+        return self._history.messages[-limit:]
+
+
+class LangChainRedis(Peer):
+    name = "LangChain RedisChatMessageHistory"
+    durability = "the server's"
+
+    def open(self, url: str) -> None:
+        from langchain_community.chat_message_histories import RedisChatMessageHistory
+        from langchain_core.messages import HumanMessage
+
+        self._message = HumanMessage
+        self._history = RedisChatMessageHistory("one", url=url.replace("valkey://", "redis://"))
+        self._history.clear()
+
+    def fill(self, length: int) -> None:
+        self._history.add_messages([self._message(content=TEXT)] * length)
+
+    def append(self) -> None:
+        self._history.add_message(self._message(content=TEXT))
+
+    def last(self, limit: int) -> Any:
+        return self._history.messages[-limit:]
+
+
+class _OpenAI(Peer):
+    session: Any
+    _runner: asyncio.Runner
+
+    def fill(self, length: int) -> None:
+        self._runner.run(self.session.add_items([{"role": "user", "content": TEXT}] * length))
+
+    def append(self) -> None:
+        self._runner.run(self.session.add_items([{"role": "user", "content": TEXT}]))
+
+    def last(self, limit: int) -> Any:
+        return self._runner.run(self.session.get_items(limit=limit))
+
+
+class OpenAISQLite(_OpenAI):
+    name = "openai-agents SQLiteSession"
+    flushes = True
+    durability = "WAL with sqlite3's default synchronous=FULL: flushed before the call returns"
+
+    def open(self, url: str) -> None:
+        from agents import SQLiteSession
+
+        self._runner = self.runner()
+        self.session = SQLiteSession("one", self.run.folder("openai") / "sessions.db")
+        self.stack.callback(self.session.close)
+
+
+class OpenAIRedis(_OpenAI):
+    name = "openai-agents RedisSession"
+    durability = "the server's"
+
+    def open(self, url: str) -> None:
+        from agents.extensions.memory import RedisSession
+
+        self._runner = self.runner()
+        self.session = RedisSession.from_url(f"one-{time.time_ns()}", url=url.replace("valkey://", "redis://"))
+        self.stack.callback(lambda: self._runner.run(self.session.close()))
+
+
+class Strands(Peer):
+    name = "Strands FileSessionManager"
+    durability = "not flushed; one file a message"
+    most = 1000
+
+    def open(self, url: str) -> None:
+        from strands.session.file_session_manager import FileSessionManager
+        from strands.types.session import SessionAgent, SessionMessage
+
+        self._message = SessionMessage
+        self._manager = FileSessionManager("one", storage_dir=str(self.run.folder("strands")))
+        self._manager.create_agent("one", SessionAgent("agent", {}, {}))
+        self._count = 0
+
+    def fill(self, length: int) -> None:
+        for _ in range(length):
+            self.append()
+
+    def append(self) -> None:
+        message: Any = {"role": "user", "content": [{"text": TEXT}]}
+        self._manager.create_message("one", "agent", self._message.from_message(message, self._count))
+        self._count += 1
+
+    def last(self, limit: int) -> Any:
+        return self._manager.list_messages("one", "agent", limit=limit, offset=max(0, self._count - limit))
+
+
+FILE_PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (OurFiles, OurLazyFiles, AgentUpFiles, LangChainFiles, OpenAISQLite, Strands)
+}
+VALKEY_PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (OurValkey, AgentUpValkey, LangChainRedis, OpenAIRedis)
+}
+
+
+@contextmanager
+def opened(run: Run, name: str, make: type[Peer], server: Any = None) -> Iterator[Peer | None]:
+    """A peer, or None where it is not installed."""
+    try:
+        peer = make(run, server)
+    except ImportError as error:
+        run.report.facts.setdefault("absent", []).append(f"{name}: {error}")
+        yield None
+        return
+    run.report.facts.setdefault("durability", {})[name] = make.durability
+    with peer.stack:
+        yield peer
+
+
+@benchmark("peers")
+def peers(run: Run) -> None:
+    """Appends, and reads of the last ten messages, by libraries that keep conversations, as these grow."""
+    server = start_server(run)
+    for medium, group, ours in (
+        ("files", FILE_PEERS, (OurFiles.name, OurLazyFiles.name)),
+        ("Valkey", VALKEY_PEERS, (OurValkey.name,)),
+    ):
+        costs: dict[str, dict[str, tuple[list[int], list[float]]]] = {"append": {}, "read": {}}
+        for length in (10, 100, 1000, 10_000, 100_000):
+            if length > run.size(100_000, 100):
+                break
+            _at_length(run, server, group, ours, length, costs, medium)
+        for what, lines in costs.items():
+            for name, (x, y) in lines.items():
+                run.line(f"length-{medium.lower()}-{what}", name, x, y)
+
+
+def _at_length(
+    run: Run, server: Any, group: dict[str, type[Peer]], ours: tuple[str, ...], length: int,
+    costs: dict[str, dict[str, tuple[list[int], list[float]]]], medium: str,
+) -> None:  # fmt: skip
+    works: dict[str, tuple[Callable[[Peer], object], int]] = {
+        "append": (lambda peer: peer.append(), 10 if length < 10_000 else 2),
+        "read": (lambda peer: peer.last(10), 10 if length < 10_000 else 2),
+    }
+    with ExitStack() as stack:
+        there: dict[str, Peer] = {}
+        for name, make in group.items():
+            if length <= make.most:
+                peer = stack.enter_context(opened(run, name, make, server))
+                if peer is not None:
+                    peer.fill(length)
+                    there[name] = peer
+        for what, (work, count) in works.items():
+            samples = run.compare({name: _round(peer, work, count) for name, peer in there.items()}, 7)
+            for name in there:
+                x, y = costs[what].setdefault(name, ([], []))
+                x.append(length)
+                y.append(samples.median(name))
+            if length not in (100, 1000):
+                continue
+            shown = {"append": "append", "read": "read of the last 10"}[what]
+            for name in there:
+                if name in ours:
+                    continue
+                mine = ours[0] if group[name].flushes else ours[-1]
+                run.row(
+                    f"{medium}, {length:,} messages: {shown}", samples, mine, name, at_least=0.0,
+                    note=group[name].durability,
+                )  # fmt: skip
+
+
+def _round(peer: Peer, work: Callable[[Peer], object], count: int) -> Round:
+    def once() -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            work(peer)
+        return (time.perf_counter() - began) / count * 1e6
+
+    return once

@@ -1,0 +1,100 @@
+"""Runs the command `agentstate` as a process of its own, in a pipe or on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import agentstate
+
+_PACKAGE = str(Path(agentstate.__file__).parents[1])
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07|\r")
+COMMAND = (sys.executable, "-m", "agentstate")
+
+
+class Ran(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON document that it printed."""
+        return json.loads(self.out)
+
+    @property
+    def json_lines(self) -> list[Any]:
+        """What it printed as JSON Lines."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The fields of the lines it printed."""
+        return [line.split("\t") for line in self.out.splitlines()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a command: this one's, without what would choose a configuration or colours."""
+    names = ("AGENTSTATE_CONFIG", "VALKEY_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONIOENCODING")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    path = os.pathsep.join(filter(None, (_PACKAGE, os.environ.get("PYTHONPATH"))))
+    return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", "TERM": "xterm-256color", **more}
+
+
+def run(*arguments: str | Path, cwd: Path, stdin: str | bytes = b"", timeout: float = 60, **variables: str) -> Ran:
+    """Run a command to its end, with its output in pipes."""
+    given = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd, input=given, capture_output=True, env=environment(**variables), timeout=timeout, check=False,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+@contextmanager
+def started(*arguments: str | Path, cwd: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs while the block does, and is killed at its end if it still does then."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), text=True, encoding="utf-8", **pipes | options
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+
+
+def assert_one_line(ran: Ran, code: int, *words: str) -> None:
+    """The command failed as it should: with this code, and one line that says so."""
+    assert ran.code == code, ran
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("agentstate: ")
+    for word in words:
+        assert word in lines[0], ran.err
+
+
+def plain(text: str) -> str:
+    """What a terminal shows of a text, as far as it is letters."""
+    return _ESCAPES.sub("", text)
+
+
+def until(condition: Any, timeout: float = 20.0) -> None:
+    """Return when the condition holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

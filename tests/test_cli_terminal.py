@@ -1,0 +1,288 @@
+"""Commands on a real terminal: questions, colours, bars, and what Ctrl-C and Ctrl-D do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import COMMAND, environment, plain, run
+from stores import fill, many
+
+from agentstate.cli import exits
+from agentstate.config import load_config
+from agentstate.context import SyncConversationContext
+from agentstate.storage.file import FileStorage
+
+if sys.platform == "win32":
+    pytest.skip("no pseudo-terminals", allow_module_level=True)
+
+import pexpect
+
+
+@contextmanager
+def terminal(*arguments: str, cwd: Path, columns: int = 100, **variables: str) -> Iterator[Any]:
+    """A command that runs on a terminal of its own; `ended` waits for it and gives all it showed and its code."""
+    child = pexpect.spawn(
+        COMMAND[0], [*COMMAND[1:], *arguments], cwd=str(cwd), env=environment(**variables), encoding="utf-8",
+        codec_errors="replace", dimensions=(40, columns), timeout=30, echo=True,
+    )  # fmt: skip
+    with closing(child):
+        yield child
+
+
+def ended(child: Any) -> tuple[str, int]:
+    """All that was shown since the last expectation, and the exit code."""
+    child.expect(pexpect.EOF)
+    text = child.before
+    child.wait()
+    return text, child.exitstatus
+
+
+def shown(*arguments: str, cwd: Path, **options: Any) -> tuple[str, int]:
+    with terminal(*arguments, cwd=cwd, **options) as child:
+        return ended(child)
+
+
+@pytest.fixture
+def some(tmp_path: Path) -> Path:
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        context.get_or_create("alice", "u1")
+        context.add_to_history("alice", "user", "tea é 漢 😀")
+        context.add_to_history("alice", "assistant", "\x1b[31mred\x1b[0m [bold]markup[/bold] :smile:")
+        context.set_variable("alice", "[red]x[/red]", "[bold]y[/bold]")
+        context.set_variable("x" * 120, "v", 1)
+    return tmp_path
+
+
+# --- how it looks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_list_is_a_table_that_shows_all_of_an_id(some: Path) -> None:
+    text, code = shown("list", cwd=some)
+    assert code == 0
+    assert "\x1b[1m" in text
+    assert "conversation" in plain(text)
+    assert "ago" in plain(text)
+    assert plain(text).replace("\n", "").replace(" ", "").count("x") >= 120
+
+
+def test_what_was_stored_is_shown_as_it_is_and_harmlessly(some: Path) -> None:
+    text, code = shown("show", "alice", cwd=some)
+    assert code == 0
+    for words in ("tea é 漢 😀", r"\x1b[31mred", "[bold]markup[/bold] :smile:", "[red]x[/red]", '"[bold]y[/bold]"'):
+        assert words in plain(text)
+    assert "\x1b[31mred" not in text
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_colours_can_be_left_out(some: Path, variables: dict[str, str]) -> None:
+    for command in (["list"], ["show", "alice"], ["stats"], ["doctor", "--read-only"]):
+        text, code = shown(*command, cwd=some, **variables)
+        assert code == 0
+        assert "\x1b[3" not in text
+        assert "\x1b[1;3" not in text
+
+
+def test_a_terminal_without_unicode_gets_ascii(some: Path) -> None:
+    options = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    for command in (
+        ["list"],
+        ["show", "alice"],
+        ["stats"],
+        ["doctor", "--read-only"],
+        ["migrate", "conversation_states", "new"],
+    ):
+        text, code = shown(*command, cwd=some, **options)
+        assert code == 0, text
+        assert text.isascii()
+
+
+@pytest.mark.parametrize("columns", [20, 40, 300])
+def test_any_width_will_do(some: Path, columns: int) -> None:
+    for command in (["list"], ["show", "alice"], ["stats"], ["validate", "--keys"], ["--help"]):
+        text, code = shown(*command, cwd=some, columns=columns)
+        assert code == 0, text
+        assert "Traceback" not in text
+
+
+def test_stats_and_doctor_are_drawn(some: Path) -> None:
+    text, _ = shown("stats", cwd=some)
+    assert "█" in text
+    text, code = shown("doctor", cwd=some)
+    assert code == 0
+    assert "✔" in text
+    assert "Everything is fine." in plain(text)
+
+
+def test_long_work_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> None:
+    with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
+        many(storage, 3000)
+    text, code = shown("migrate", "conversation_states", "new", "--to-option", "fsync=no", cwd=tmp_path)
+    assert code == 0
+    assert "migrating" in plain(text)
+    assert "/3000" in plain(text)
+    assert "/s" in plain(text)
+    assert "copied and verified" in plain(text)
+    text, code = shown("export", "x.jsonl", cwd=tmp_path)
+    assert "exporting" in plain(text)
+    text, code = shown("import", "x.jsonl", cwd=tmp_path)
+    assert "importing" in plain(text)
+    assert "there already, and equal" in plain(text)
+
+
+def test_ctrl_c_within_a_migration_leaves_a_migration_that_goes_on(tmp_path: Path) -> None:
+    with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
+        many(storage, 3000)
+        fill(storage, contexts=0, long=20_000)
+    with terminal("migrate", "conversation_states", "new", cwd=tmp_path) as child:
+        child.expect("/s")
+        child.sendintr()
+        text, code = ended(child)
+    assert code in (exits.INTERRUPTED, 0)
+    assert "Traceback" not in text
+    assert run("migrate", "conversation_states", "new", cwd=tmp_path).code == 0
+    assert run("migrate", "conversation_states", "new", "--json", cwd=tmp_path).json["unchanged"] == 3004
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "left"), [("y", 0, 1), ("n", exits.INTERRUPTED, 2), ("", exits.INTERRUPTED, 2)]
+)
+def test_clear_asks_first(some: Path, answer: str, code: int, left: int) -> None:
+    with terminal("clear", "alice", cwd=some) as child:
+        child.expect(r"Delete 'alice' \(2 messages\) from ./conversation_states\? \[y/N\]")
+        child.sendline(answer)
+        assert ended(child)[1] == code
+    assert len(run("list", cwd=some).rows) == left
+
+
+def test_init_asks_for_what_is_not_given(tmp_path: Path) -> None:
+    with terminal("init", cwd=tmp_path) as child:
+        child.expect("Storage backend")
+        child.sendline("valkei")
+        child.expect("Storage backend")
+        child.sendline("valkey")
+        child.expect("Valkey URL")
+        child.sendline("valkey://server:6380")
+        child.expect("Key prefix")
+        child.sendline("")
+        child.expect("Seconds")
+        child.sendline("7200")
+        text, code = ended(child)
+    assert code == 0, text
+    config = load_config(tmp_path / "agent_config.yaml")
+    assert (config.url, config.ttl, config.key_prefix) == ("valkey://server:6380", 7200, "agentup:state:")
+
+
+@pytest.mark.parametrize("key", ["sendintr", "sendeof"])
+def test_init_can_be_left(tmp_path: Path, key: str) -> None:
+    with terminal("init", cwd=tmp_path) as child:
+        child.expect("Storage backend")
+        getattr(child, key)()
+        text, code = ended(child)
+    assert code == exits.INTERRUPTED
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_skill_create_asks_as_agentup_does(tmp_path: Path) -> None:
+    with terminal("skill", "create", cwd=tmp_path) as child:
+        child.expect("Skill name")
+        child.sendline("1 bad name")
+        child.expect("Skill name")
+        child.sendline("Conversation Memory Assistant")
+        child.expect("Enable state management")
+        child.sendline("y")
+        child.expect("Storage backend")
+        child.sendline("valkey")
+        child.expect("Valkey URL")
+        child.sendline("")
+        text, code = ended(child)
+    assert code == 0, text
+    assert "url" in (tmp_path / "agent_config.yaml").read_text()
+    assert "@stateful" in (tmp_path / "conversation_memory_assistant.py").read_text()
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+HANDLER = """
+from agentstate import stateful
+
+@stateful
+async def bot(task, context, context_id):
+    if task.text == "fail":
+        raise ValueError("it failed")
+    if task.text == "wait":
+        import asyncio
+        print("waiting", flush=True)
+        await asyncio.sleep(60)
+    await context.add_to_history(context_id, "user", task.text)
+    return f"answer {await context.count_history(context_id)}"
+"""
+
+
+def test_a_conversation_in_the_terminal_goes_on_after_errors_and_interrupts(tmp_path: Path) -> None:
+    (tmp_path / "bot.py").write_text(HANDLER)
+    with terminal("chat", "bot:bot", cwd=tmp_path) as child:
+        child.expect("Ctrl-D ends it")
+        child.expect("you> ")
+        child.sendline("hello é")
+        child.expect("answer 1")
+        child.expect("you> ")
+        child.sendline("")
+        child.expect("you> ")
+        child.sendline("fail")
+        child.expect("agentstate: the handler failed: ValueError: it failed")
+        child.expect("you> ")
+        child.sendline("wait")
+        child.expect("waiting\r\n")
+        child.sendintr()
+        child.expect("interrupted")
+        child.expect("you> ")
+        child.sendline("again")
+        child.expect("answer 2")
+        child.expect("you> ")
+        child.sendeof()
+        text, code = ended(child)
+    assert code == 0
+    assert "Goodbye!" in text
+    history = run("show", "terminal", "--json", cwd=tmp_path).json["history"]
+    assert [message["content"] for message in history] == ["hello é", "again"]
+
+
+def test_ctrl_c_at_the_prompt_ends_the_conversation(tmp_path: Path) -> None:
+    (tmp_path / "bot.py").write_text(HANDLER)
+    with terminal("chat", "bot:bot", cwd=tmp_path) as child:
+        child.expect("you> ")
+        child.sendintr()
+        text, code = ended(child)
+    assert code == 0
+    assert "Goodbye!" in text
+    assert "Traceback" not in text
+
+
+def test_follow_on_a_terminal(some: Path) -> None:
+    with terminal("show", "alice", "--follow", "--interval", "0.05", cwd=some) as child:
+        child.expect("tea")
+        with SyncConversationContext(FileStorage(some / "conversation_states")) as context:
+            context.add_to_history("alice", "user", "from elsewhere")
+        child.expect("from elsewhere")
+        child.sendintr()
+        text, code = ended(child)
+    assert code == exits.INTERRUPTED
+    assert "Traceback" not in text
+
+
+def test_a_hangup_ends_the_command(some: Path) -> None:
+    with terminal("show", "alice", "--follow", cwd=some) as child:
+        child.expect("tea")
+        child.close(force=False)
+        assert child.exitstatus in (exits.TERMINATED, exits.PROBLEM, exits.PIPE_CLOSED)
+    assert os.listdir(some)

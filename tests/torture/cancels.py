@@ -1,0 +1,222 @@
+"""Tasks that are cancelled, loops that are closed, interpreters that end: never half, and nothing changes later."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from agentstate import ConversationContext, FileStorage, StateStorage, SyncConversationContext, stateful
+from agentstate.errors import StateError, StateOutcomeUnknownError
+
+from .figures import Figures
+from .model import Model, Steps, observed, perform_async
+from .places import scratch
+from .witness import accuse, distinct
+
+_PER_LOOP = 200
+
+
+def cancels(random: Random, rounds: int, figures: Figures, *, make: Callable[[], StateStorage]) -> None:
+    """`rounds` calls, each cancelled after some passes of the loop or some time, on many loops after each other."""
+    storage = make()
+    number = 0
+    while figures.faults < rounds:
+        number += 1
+        asyncio.run(_cancel(ConversationContext(storage), number, random, rounds, figures))
+    storage.close()
+
+
+async def _cancel(context: ConversationContext, number: int, random: Random, rounds: int, figures: Figures) -> None:
+    context_id = f"cancel-{number}-{random.getrandbits(24)}"
+    steps = Steps(random, large=False)
+    possible = [Model()]
+    for index in range(_PER_LOOP):
+        if figures.faults >= rounds:
+            break
+        step = next(steps)
+        after = [model.after(step) for model in possible]
+        begin = time.monotonic()
+        task = asyncio.create_task(perform_async(context, context_id, step))
+        if random.random() < 0.5:
+            for _ in range(random.randrange(12)):
+                await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(random.random() * 0.002)
+        task.cancel()
+        figures.faults += 1
+        try:
+            answer = await task
+        except asyncio.CancelledError as cancelled:
+            # Known or not, it happened whole or not at all; and what is so now, stays so.
+            figures.unknown += isinstance(cancelled.__cause__, StateOutcomeUnknownError)
+            possible = distinct([*possible, *(model for model, _ in after)])
+        except StateError as error:
+            figures.fail_silently(f"a call that was cancelled raised {error!r}")
+        else:
+            possible = distinct([model for model, expected in after if expected == answer])
+            if not possible:
+                figures.fail_silently(f"{step} answered {answer!r}")
+                possible = [model for model, _ in after]
+        figures.took(time.monotonic() - begin, context.storage.deadline, step.name)
+        seen = observed(await context.get_state(context_id))
+        if seen not in possible:
+            accuse(figures, seen, possible, f"{context_id}, cancelled call {index}")
+        possible = [seen]
+    await asyncio.sleep(0.01)
+    seen = observed(await context.get_state(context_id))
+    if seen not in possible:
+        accuse(figures, seen, possible, f"{context_id}, afterwards")
+    await context.clear_context(context_id)
+
+
+_WRITER = """
+import asyncio, os, signal, sys, threading
+from agentstate import ConversationContext, FileStorage, SyncConversationContext
+
+folder, way = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it would be ignored
+
+async def write(context, writer):
+    for number in range(100000):
+        os.write(1, f'["begun", {writer}, {number}]\\n'.encode())
+        await context.add_to_history("alice", f"w{writer}", number)
+        os.write(1, f'["done", {writer}, {number}]\\n'.encode())
+
+async def main():
+    context = ConversationContext(FileStorage(folder))
+    if way == "loop":
+        # The loop ends, and with it all that waits for an answer.
+        tasks = [asyncio.create_task(write(context, writer)) for writer in range(6)]
+        await asyncio.sleep(0.1)
+        return
+    if way == "handler":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    await asyncio.gather(*(write(context, writer) for writer in range(6)))
+
+def thread(writer):
+    context = SyncConversationContext(FileStorage(folder))
+    for number in range(100000):
+        os.write(1, f'["begun", {writer}, {number}]\\n'.encode())
+        context.add_to_history("alice", f"w{writer}", number)
+        os.write(1, f'["done", {writer}, {number}]\\n'.encode())
+
+if way == "exit":
+    # The main thread ends while daemon threads write.
+    for writer in range(4):
+        threading.Thread(target=thread, args=(writer,), daemon=True).start()
+    threading.Event().wait(0.1)
+else:
+    asyncio.run(main())
+"""
+
+
+def exits(random: Random, rounds: int, figures: Figures) -> None:
+    """`rounds` interpreters that end with writes pending: by themselves, by SIGTERM (handled or not), by SIGINT."""
+    ways = ("loop", "exit", "term", "handler", "int")
+    with scratch(disk=True) as folder:
+        for number in range(rounds):
+            way = ways[number % len(ways)]
+            place = folder / str(number)
+            figures.faults += 1
+            told = _let_it_write(place, way, random, figures)
+            _compare(place, told, way, figures)
+
+
+def _let_it_write(folder: Path, way: str, random: Random, figures: Figures) -> list[list[Any]]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(folder), way], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    with child:
+        assert child.stdout is not None
+        first = child.stdout.readline()
+        begin = time.monotonic()
+        if way in ("term", "handler", "int"):
+            time.sleep(random.random() * 0.1)
+            child.send_signal(signal.SIGINT if way == "int" else signal.SIGTERM)
+            begin = time.monotonic()
+        watchdog = threading.Timer(20.0, child.kill)
+        watchdog.start()
+        lines = (first + child.stdout.read()).splitlines()
+        child.wait()
+        watchdog.cancel()
+    figures.took(time.monotonic() - begin, 5.0, f"the end of an interpreter ({way})")
+    # Its last line may be half a line.
+    return [json.loads(line) for line in lines if line.endswith(b"]")]
+
+
+def _compare(folder: Path, told: list[list[Any]], way: str, figures: Figures) -> None:
+    with SyncConversationContext(FileStorage(folder)) as context:
+        history = context.get_history("alice")
+        context.add_to_history("alice", "after", 1)
+    figures.calls += sum(what == "done" for what, _, _ in told)
+    for writer in {writer for _, writer, _ in told}:
+        stored = [message["content"] for message in history if message["role"] == f"w{writer}"]
+        done = sum(line[:2] == ["done", writer] for line in told)
+        begun = sum(line[:2] == ["begun", writer] for line in told)
+        when = f"exit by {way}, writer {writer}: {len(stored)} stored, {done} acknowledged, {begun} begun"
+        if len(stored) < done:
+            figures.lose(when)
+        elif stored != list(range(len(stored))) or len(stored) > begun:
+            figures.double(when)
+
+
+def handlers(random: Random, rounds: int, figures: Figures) -> None:
+    """`rounds` handlers that raise, are cancelled, or lose their store: each is called exactly once."""
+    with scratch() as folder:
+        storage_dir = str(folder / "states")
+        for number in range(rounds):
+            figures.faults += 1
+            kind = number % 4
+            calls: list[str] = []
+            options: dict[str, Any] = {"storage": "file", "storage_dir": storage_dir}
+            if number % 3 == 0:
+                options["serialize_turns"] = True
+            task = {"id": f"task-{number}"}
+            with suppress(ArithmeticError, asyncio.CancelledError, StateError):
+                _run_handler(kind, options, task, calls)
+            if len(calls) != 1:
+                figures.double(f"a handler was called {len(calls)} times (kind {kind}, {options})")
+
+
+def _run_handler(kind: int, options: dict[str, Any], task: Any, calls: list[str]) -> None:
+    if kind < 2:
+
+        @stateful(**options)
+        def handler(task: Any, context: Any, context_id: str) -> None:
+            calls.append(context_id)
+            context.add_to_history(context_id, "user", "before")
+            if kind == 0:
+                raise ArithmeticError
+            # A store that fails under way is no reason to run the handler again.
+            raise StateOutcomeUnknownError("sent, but not confirmed", context_id=context_id, commit_id="x")
+
+        handler(task)
+        return
+
+    @stateful(**options)
+    async def coroutine(task: Any, context: Any, context_id: str) -> None:
+        calls.append(context_id)
+        await context.add_to_history(context_id, "user", "before")
+        if kind == 2:
+            raise ArithmeticError
+        await asyncio.sleep(10)
+
+    async def main() -> None:
+        running = asyncio.create_task(coroutine(task))
+        while not calls:
+            await asyncio.sleep(0)
+        if kind == 3:
+            running.cancel()
+        await running
+
+    asyncio.run(main())

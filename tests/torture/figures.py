@@ -1,0 +1,78 @@
+"""The four figures, and what else a run has to say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+_NOTES: Final = 20
+
+
+@dataclass
+class Figures:
+    """What a run saw. L, D, S and H are the four that have to be zero."""
+
+    name: str
+    seed: int
+    faults: int = 0
+    calls: int = 0
+    unknown: int = 0
+    """Calls that ended with StateOutcomeUnknownError: allowed, and worth knowing."""
+    lost: int = 0
+    doubled: int = 0
+    silent: int = 0
+    hanging: int = 0
+    slowest: float = 0.0
+    """Seconds past its deadline of the call that overstayed most (at most 0: none did)."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.lost or self.doubled or self.silent or self.hanging)
+
+    def lose(self, what: str) -> None:
+        self.lost += 1
+        self._note("L", what)
+
+    def double(self, what: str) -> None:
+        self.doubled += 1
+        self._note("D", what)
+
+    def fail_silently(self, what: str) -> None:
+        self.silent += 1
+        self._note("S", what)
+
+    def took(self, seconds: float, deadline: float, what: str) -> None:
+        """A call is over: count it, and whether it hung."""
+        self.calls += 1
+        self.slowest = max(self.slowest, seconds - deadline)
+        if seconds > deadline + 1.0:
+            self.hanging += 1
+            self._note("H", f"{what} took {seconds:.2f} s with a deadline of {deadline:g} s")
+
+    def _note(self, figure: str, what: str) -> None:
+        if len(self.notes) < _NOTES:
+            self.notes.append(f"{figure}: {what}")
+
+    def __iadd__(self, other: Figures) -> Figures:
+        """Add what another run saw."""
+        for name in ("faults", "calls", "unknown", "lost", "doubled", "silent", "hanging"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.slowest = max(self.slowest, other.slowest)
+        self.notes = [*self.notes, *other.notes][:_NOTES]
+        return self
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name:<24} seed {self.seed}  L={self.lost} D={self.doubled} S={self.silent} H={self.hanging}  "
+            f"{self.faults:,} faults, {self.calls:,} calls, {self.unknown:,} outcomes unknown"
+        )
+        return "\n".join([text, *(f"    {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Figures:
+        return cls(**json.loads(text))

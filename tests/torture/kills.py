@@ -1,0 +1,186 @@
+"""Writers that are killed with SIGKILL, at any moment. To be run in a process of its own: it forks."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from agentstate import FileStorage, SyncConversationContext
+
+from .figures import Figures
+from .model import Model, Step, Steps, observed, perform
+from .places import scratch
+from .witness import Witness, accuse, distinct
+
+_BEGUN: Final = b"b"
+_DONE: Final = b"d"
+_OPTIONS: Final[tuple[dict[str, Any], ...]] = ({}, {}, {"fsync": "no"}, {"fsync": "everysec"})
+
+
+def kills(random: Random, rounds: int, figures: Figures, *, url: str | None = None) -> None:
+    """Kill `rounds` writers: 1 to 4 at a time, each on a conversation of its own and all on a common one."""
+    with scratch(disk=True) as folder:
+        number = 0
+        while figures.faults < rounds:
+            number += 1
+            _Round(folder / f"states-{number % 8}", number, random, figures).run()
+
+
+class _Writer:
+    """A child that makes steps, and tells through a pipe when each begins and when it is done."""
+
+    def __init__(self, folder: Path, name: str, seed: int, first: int, options: dict[str, Any]) -> None:
+        self.name = name
+        self.seed = seed
+        self.first = first
+        self.pipe, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.pipe)
+                self._write(folder, write, options)
+            finally:
+                os._exit(1)
+        os.close(write)
+        self.told = b""
+
+    def _write(self, folder: Path, pipe: int, options: dict[str, Any]) -> None:
+        context = SyncConversationContext(FileStorage(folder, deadline=20.0, **options))
+        for place, step in self.steps():
+            os.write(pipe, _BEGUN)
+            perform(context, place, step)
+            os.write(pipe, _DONE)
+
+    def steps(self) -> Any:
+        """The same in the child and in the parent: steps on the own conversation, and on the common one."""
+        random = Random(self.seed)
+        own = Steps(random, f"{self.name}-{self.first}-", large=random.random() < 0.5)
+        number = 0
+        while True:
+            number += 1
+            if random.random() < 0.5:
+                yield self.name, next(own)
+            else:
+                yield "common", _common(self.name, self.first, number, random)
+
+    def listen(self) -> None:
+        """Read what the child has told until its pipe is empty (until it is closed, once it is dead)."""
+        while data := os.read(self.pipe, 65536):
+            self.told += data
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self.listen()
+        os.close(self.pipe)
+        if not os.WIFSIGNALED(status):
+            raise RuntimeError(f"the writer {self.name} ended by itself, with {status}")
+
+
+def _common(name: str, first: int, number: int, random: Random) -> Step:
+    content = f"{name}-{first}-{number}"
+    match random.randrange(3):
+        case 0:
+            return Step("add_to_history", (name, content))
+        case 1:
+            return Step("increment_variable", (f"n-{name}", 1))
+    return Step(
+        "batch",
+        (
+            Step("add_to_history", (name, content + "a")),
+            Step("set_variable", (f"last-{name}", content)),
+            Step("add_to_history", (name, content + "b")),
+        ),
+    )
+
+
+class _Round:
+    """Some writers, killed after a while; and then a look at everything."""
+
+    def __init__(self, folder: Path, number: int, random: Random, figures: Figures) -> None:
+        self.folder = folder
+        self.number = number
+        self.random = random
+        self.figures = figures
+
+    def run(self) -> None:
+        random, figures = self.random, self.figures
+        before: dict[str, Model] = {}
+        names = [f"w{index}" for index in range(random.choice((1, 1, 2, 4)))]
+        with SyncConversationContext(FileStorage(self.folder)) as context:
+            for name in names:
+                before[name] = observed(context.get_state(name))
+            common = context.get_state("common")
+            shares = {name: share(common, name) for name in names}
+        options = random.choice(_OPTIONS)
+        writers = [_Writer(self.folder, name, random.getrandbits(32), self.number, options) for name in names]
+        pipes = [writer.pipe for writer in writers]
+        select.select(pipes, (), (), 10.0)
+        time.sleep(random.random() ** 2 * 0.03)
+        for writer in writers:
+            writer.kill()
+            figures.faults += 1
+        begin = time.monotonic()
+        with SyncConversationContext(FileStorage(self.folder)) as context:
+            common = context.get_state("common")
+            for writer in writers:
+                self._compare(context, writer, before[writer.name], shares[writer.name], common)
+            # Whoever comes next takes the locks of the dead at once.
+            after = Witness(figures, "next")
+            after.possible = [observed(context.get_state("next"))]
+            error = after.call(context, Step("add_to_history", ("user", f"{self.number}")))
+            after.look(context, f"round {self.number}")
+            if error is not None:
+                figures.lose(f"round {self.number}, the next open: {error}")
+            if self.number % 16 == 0:  # the histories do not have to grow for ever
+                for name in (*names, "common", "next"):
+                    context.clear_context(name)
+        figures.took(time.monotonic() - begin, 5.0, f"the first calls after the kill of round {self.number}")
+        self._debris()
+
+    def _compare(
+        self, context: SyncConversationContext, writer: _Writer, own: Model, portion: Model, common: Any
+    ) -> None:
+        """What is stored is what the writer was told is done, and perhaps the step that it was killed in."""
+        figures = self.figures
+        done = writer.told.count(_DONE)
+        begun = writer.told.count(_BEGUN)
+        figures.calls += done
+        possible = {writer.name: [own], "common": [portion]}
+        steps = writer.steps()
+        for index in range(begun):
+            place, step = next(steps)
+            after = [model.after(step)[0] for model in possible[place]]
+            possible[place] = after if index < done else distinct([*possible[place], *after])
+        when = f"round {self.number}, {writer.name} killed after {done} of {begun} steps"
+        seen = {writer.name: observed(context.get_state(writer.name)), "common": share(common, writer.name)}
+        for place, model in seen.items():
+            if model not in possible[place] and not (place == "common" and _same(model, possible[place])):
+                accuse(figures, model, possible[place], f"{when}, in {place}")
+
+    def _debris(self) -> None:
+        """No more than a file and perhaps a half-written successor for each conversation."""
+        names = [path.name for path in self.folder.iterdir()]
+        strange = [name for name in names if not name.startswith(".") and ".jsonl" not in name]
+        spare = [name for name in names if name.endswith(".new")]
+        if strange or len(spare) > 6:
+            self.figures.fail_silently(f"round {self.number}: debris {strange} {spare}")
+
+
+def _same(model: Model, possible: list[Model]) -> bool:
+    """Whether a writer's share agrees, whoever made the common conversation exist."""
+    return any(model.history == one.history and model.variables == one.variables for one in possible)
+
+
+def share(state: Any, name: str) -> Model:
+    """What of the common conversation is a writer's."""
+    if state is None:
+        return Model()
+    contents = [message["content"] for message in state.history if message["role"] == name]
+    variables = {key: value for key, value in state.variables.items() if key.endswith(f"-{name}")}
+    return Model(True, 0, contents, variables)

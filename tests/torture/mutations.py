@@ -1,0 +1,208 @@
+"""Seeded bugs: small patches of the library, applied while it is imported. The harness has to catch every one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+
+
+class Mutation(NamedTuple):
+    """In `file` of the package, `old` (which stands there once) becomes `new`; `scenario` has to notice."""
+
+    file: str
+    old: str
+    new: str
+    scenario: str
+    rounds: int
+
+
+MUTATIONS: Final = {
+    "a commit is not flushed": Mutation(
+        "storage/logfile.py", "            folder.fs.sync(reader.fd)\n", "", "power", 400
+    ),
+    "the folder is not flushed": Mutation(
+        "storage/folder.py", "        self.fs.sync_folder(self.path)\n", "", "power", 400
+    ),
+    "a new file gets its name before it is flushed": Mutation(
+        "storage/filesystem.py", "            fs.sync(fd)\n", "", "power", 4_000
+    ),
+    "one temporary name is shared by all files": Mutation(
+        "storage/filesystem.py",
+        "    temporary = path + NEW\n",
+        "    temporary = os.path.join(os.path.dirname(path), 'temporary' + NEW)\n",
+        "kills",
+        200,
+    ),
+    "after a failed flush the page cache is believed": Mutation(
+        "storage/logfile.py",
+        "            self._mark_suspect()\n            self._write_again()\n",
+        "            pass\n",
+        "power-after-errors",
+        3_000,
+    ),
+    "an error is read as absent": Mutation(
+        "storage/logfile.py",
+        "        except FileNotFoundError:\n            self.image = self._load_document()",
+        "        except OSError:\n            self.image = self._load_document()",
+        "system-errors",
+        150,
+    ),
+    "the checksum is ignored": Mutation(
+        "storage/filelog.py",
+        """    return line[-SEAL_SIZE:] == b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)""",
+        """    return len(body) > 0""",
+        "flipped-bits",
+        1_500,
+    ),
+    "a damaged last newline is taken for a torn end": Mutation(
+        "storage/filelog.py",
+        "    return not any(end < len(text) and text[end] != 0 for end in complete)",
+        "    return True",
+        "flipped-bits",
+        1_500,
+    ),
+    "a torn end is taken for damage": Mutation(
+        "storage/filelog.py",
+        "    *lines, fragment = region.split",
+        "    return False\n    *lines, fragment = region.split",
+        "torn-ends",
+        200,
+    ),
+    "read, modify and write without a lock": Mutation(
+        "storage/locks.py",
+        "            if not lock_descriptor(self._fd, blocking=False):\n                return False\n",
+        "",
+        "crowd-files",
+        3,
+    ),
+    "a deadline is overlooked": Mutation(
+        "storage/locks.py",
+        "            if time.monotonic() + pause >= deadline:\n                raise _timeout(self.path, context_id)\n"
+        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
+        "            if time.monotonic() - 3.0 >= deadline:\n                raise _timeout(self.path, context_id)\n"
+        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
+        "locks",
+        5,
+    ),
+    "the fence is not checked": Mutation(
+        "storage/resolve.py",
+        "    if commit.fence is not None and commit.fence != lease:",
+        "    if commit.fence is not None and commit.fence == '':",
+        "turns-files",
+        6,
+    ),
+    "a batch is committed in two parts": Mutation(
+        "batches.py",
+        "            yield self._caller._commit(self._context_id, self._commit_id, *self._changes)\n\n    def add_to",
+        "            yield self._caller._commit(self._context_id, None, *self._changes[:1])\n"
+        "            yield self._caller._commit(self._context_id, None, *self._changes[1:])\n\n    def add_to",
+        "crowd-files",
+        3,
+    ),
+    "a retry is blind": Mutation(
+        "storage/valkey.lua",
+        "    local time = call('ZSCORE', commits, commit_id)\n    if not time then\n",
+        "    local time\n    if not time then\n",
+        "cuts",
+        200,
+    ),
+    "an update is not compared": Mutation(
+        "storage/valkey.lua",
+        "      if (exists and call('HGET', state, args[a])) ~= args[a + 1] then",
+        "      if false then",
+        "crowd-valkey",
+        3,
+    ),
+    "an unknown outcome is called not done": Mutation(
+        "storage/valkey_log.py",
+        "        if index in self.unknown:\n            return self._unknown(index, problem)\n",
+        "",
+        "cuts",
+        300,
+    ),
+    "a handler runs twice": Mutation(
+        "handlers/decorator.py",
+        "            return function(*call.args, **call.kwargs)\n",
+        "            try:\n                return function(*call.args, **call.kwargs)\n"
+        "            except OSError:\n                return function(*call.args, **call.kwargs)\n",
+        "handlers",
+        24,
+    ),
+}
+
+
+class StaleMutationError(Exception):
+    """The library has changed, and the patch no longer applies: write it anew."""
+
+
+def plant(mutation: Mutation) -> None:
+    """Have the library imported with this bug. Nothing of it may have been imported yet."""
+    spec = importlib.util.find_spec("agentstate")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    text = (Path(spec.submodule_search_locations[0]) / mutation.file).read_text()
+    if text.count(mutation.old) != 1:
+        raise StaleMutationError(f"{mutation.file} does not contain exactly once: {mutation.old!r}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "agentstate"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Finder(mutation))
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, name: str, path: str, mutation: Mutation) -> None:
+        super().__init__(name, path)
+        self._mutation = mutation
+
+    def get_data(self, path: str) -> bytes:
+        data = super().get_data(path)
+        if Path(path).as_posix().endswith(f"/agentstate/{self._mutation.file}"):
+            data = data.replace(self._mutation.old.encode(), self._mutation.new.encode())
+        return data
+
+    def get_code(self, fullname: str) -> Any:
+        # Past the cache of compiled modules, in which there is no bug.
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, mutation: Mutation) -> None:
+        self._mutation = mutation
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != "agentstate":
+            return None
+        for finder in self._others():
+            spec: ModuleSpec | None = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if isinstance(spec.loader, SourceFileLoader):
+                    spec.loader = _Loader(fullname, spec.loader.path, self._mutation)
+                return spec
+        return None
+
+    def _others(self) -> Iterator[Any]:
+        return (finder for finder in sys.meta_path if finder is not self)
+
+
+def is_caught(name: str, seed: int) -> bool:
+    """Whether the mutation's scenario notices it: by its figures, by failing, or by never ending."""
+    from .scenarios import run_apart
+
+    mutation = MUTATIONS[name]
+    try:
+        figures = run_apart(mutation.scenario, seed, mutation.rounds, mutation=name, timeout=90.0)
+    except subprocess.TimeoutExpired:
+        return True
+    except RuntimeError as error:
+        if "StaleMutationError" in str(error):
+            raise
+        return True
+    return not figures.clean

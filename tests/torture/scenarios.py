@@ -1,0 +1,153 @@
+"""All scenarios by name, with how many rounds a short run and a long one make."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Final, NamedTuple
+
+from servers import ValkeyServer, find_server
+
+from agentstate import FileStorage, InMemoryStorage, SyncConversationContext, ValkeyStorage
+
+from .cancels import cancels, exits, handlers
+from .crowd import crowd
+from .cuts import cuts
+from .damage import flipped_bits, torn_ends
+from .figures import Figures
+from .holders import holders
+from .kills import kills
+from .linearizable import linearizable
+from .mounts import mounted_power, small_disk
+from .outages import outages
+from .places import scratch
+from .power import power
+from .troubles import system_errors
+from .turns import clock_jumps, turns
+
+Run = Callable[[Random, int, Figures], None]
+
+
+class Scenario(NamedTuple):
+    """What to run, and how many rounds of it in the tests (0: it is for the long run alone), and in the long run."""
+
+    run: Run
+    short: int
+    long: int
+    forks: bool = False
+
+
+def _on_files(run: Any, **options: Any) -> Run:
+    def on_files(random: Random, rounds: int, figures: Figures) -> None:
+        with scratch() as folder:
+            run(random, rounds, figures, make=lambda: FileStorage(folder, **options))
+
+    return on_files
+
+
+def _on_valkey(run: Any, version: str = "9.1", **options: Any) -> Run:
+    def on_valkey(random: Random, rounds: int, figures: Figures) -> None:
+        with ValkeyServer(find_server(version)) as server:
+            run(random, rounds, figures, make=lambda: ValkeyStorage(server.url, **options))
+
+    return on_valkey
+
+
+def _beside_valkey(run: Any, version: str = "9.1", **options: Any) -> Run:
+    def beside_valkey(random: Random, rounds: int, figures: Figures) -> None:
+        with ValkeyServer(find_server(version)) as server:
+            run(random, rounds, figures, server=server, **options)
+
+    return beside_valkey
+
+
+def _crowd_on_valkey(random: Random, rounds: int, figures: Figures, **options: Any) -> None:
+    with ValkeyServer(find_server("9.1")) as server:
+        crowd(random, rounds, figures, url=server.url, **options)
+
+
+def _lines(count: int, make: Callable[[Path, str], Any]) -> Run:
+    def lines(random: Random, rounds: int, figures: Figures) -> None:
+        with scratch() as folder, ValkeyServer(find_server("9.1")) as server:
+            linearizable(
+                random,
+                rounds,
+                figures,
+                make=lambda: [SyncConversationContext(make(folder, server.url)) for _ in range(count)],
+            )
+
+    return lines
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "kills": Scenario(kills, 40, 10_000, forks=True),
+    "torn-ends": Scenario(torn_ends, 300, 20_000),
+    "flipped-bits": Scenario(flipped_bits, 1000, 200_000),
+    "power": Scenario(power, 500, 60_000),
+    "power-after-errors": Scenario(partial(power, failing=True), 500, 60_000),
+    "power-documents": Scenario(partial(power, layout="document"), 200, 20_000),
+    "power-documents-errors": Scenario(partial(power, failing=True, layout="document"), 200, 20_000),
+    "power-of-ext4": Scenario(mounted_power, 5, 5_000, forks=True),
+    "system-errors": Scenario(system_errors, 50, 10_000),
+    "full-disk": Scenario(small_disk, 5, 300, forks=True),
+    "locks": Scenario(holders, 5, 200, forks=True),
+    "crowd-files": Scenario(partial(crowd, processes=3, threads=4), 3, 3, forks=True),
+    "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
+    "crowd-valkey": Scenario(partial(_crowd_on_valkey, processes=3, threads=4), 3, 3, forks=True),
+    "crowd-valkey-64": Scenario(_crowd_on_valkey, 0, 60, forks=True),
+    "linearizable-memory": Scenario(_lines(1, lambda _, url: InMemoryStorage()), 10, 3_000),
+    "linearizable-files": Scenario(_lines(2, lambda folder, _: FileStorage(folder)), 10, 3_000),
+    "linearizable-valkey": Scenario(_lines(2, lambda _, url: ValkeyStorage(url)), 10, 3_000),
+    "cuts": Scenario(_beside_valkey(cuts), 150, 100_000),
+    "cuts-8.1": Scenario(_beside_valkey(cuts, "8.1"), 30, 10_000),
+    "cuts-documents": Scenario(_beside_valkey(cuts, layout="document"), 30, 10_000),
+    "outages": Scenario(_beside_valkey(outages), 8, 160),
+    "cancels-files": Scenario(_on_files(cancels), 200, 10_000),
+    "cancels-valkey": Scenario(_on_valkey(cancels), 200, 10_000),
+    "exits": Scenario(exits, 5, 200),
+    "handlers": Scenario(handlers, 24, 2_000),
+    "clock-jumps-files": Scenario(_on_files(clock_jumps), 6, 300),
+    "clock-jumps-valkey": Scenario(_on_valkey(clock_jumps), 6, 300),
+    "turns-files": Scenario(_on_files(turns), 2, 100, forks=True),
+    "turns-valkey": Scenario(_on_valkey(turns), 2, 100, forks=True),
+}
+
+
+def run_here(name: str, seed: int, rounds: int) -> Figures:
+    """Run a scenario in this process. What it draws depends on seed and name alone."""
+    figures = Figures(name, seed)
+    SCENARIOS[name].run(Random(f"{seed} {name}"), rounds, figures)
+    return figures
+
+
+def run_apart(name: str, seed: int, rounds: int, *, mutation: str = "", timeout: float | None = None) -> Figures:
+    """Run a scenario in a process of its own: many of them fork, and some are run with a seeded bug."""
+    command = [sys.executable, "-m", "torture", "--one", name, "--seed", str(seed), "--rounds", str(rounds)]
+    environment = dict(os.environ)
+    if mutation:
+        command += ["--mutation", mutation]
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # what runs there is not the source that is measured
+    # A process group of its own: when it hangs, what it started goes with it.
+    child = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = child.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(child.pid, 9)
+        child.communicate()
+        raise
+    if child.returncode != 0:
+        raise RuntimeError(f"the scenario {name} (seed {seed}, {rounds} rounds) failed:\n{errors[-3000:]}")
+    return Figures.from_json(output.splitlines()[-1])
