@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -64,7 +63,7 @@ def run(*arguments: str | Path, cwd: Path, stdin: str | bytes = b"", timeout: fl
 
 @contextmanager
 def started(*arguments: str | Path, cwd: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs while the block does, and is killed at its end if it still does then."""
+    """A command that runs while the block does, and is ended with it if it still does then."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), text=True, encoding="utf-8", **pipes | options
@@ -74,7 +73,11 @@ def started(*arguments: str | Path, cwd: Path, **options: Any) -> Iterator[subpr
             yield process
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
 
 def assert_one_line(ran: Ran, code: int, *words: str) -> None:

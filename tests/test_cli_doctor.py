@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import valkey
 from commands import run
-from servers import ValkeyServer
+from servers import HOST, ValkeyServer
 from stores import many
 
 from agentstate.cli import exits
 from agentstate.cli.doctor_file import look_at_folder
+from agentstate.cli.doctor_valkey import _transport
 from agentstate.context import SyncConversationContext
 from agentstate.storage.file import FileStorage
 from agentstate.storage.memory import InMemoryStorage
@@ -229,6 +230,60 @@ def test_replicas_that_are_asked_for_must_be_there(tmp_path: Path, valkey_9: Val
     options = ["--url", valkey_9.url, "--key-prefix", key_prefix, "-o", "min_replicas=1", "-o", "deadline=1"]
     findings = examine(tmp_path, *options, "--read-only", code=exits.PROBLEM)
     assert level(findings, "replicas") == {"problem"}
+
+
+def test_a_replica_is_a_problem(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
+    primary = start_valkey()
+    replica = start_valkey(f"replicaof {HOST} {primary.port}")
+    findings = examine(tmp_path, "--url", replica.url, "--read-only", "-o", "deadline=2", code=exits.PROBLEM)
+    assert "problem" in level(findings, "server")
+
+
+def test_missing_permissions_are_told(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
+    server = start_valkey()
+    with valkey.Valkey.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "&*", "+@all", "-scan")
+    findings = examine(
+        tmp_path, "--url", f"valkey://limited:pw@{HOST}:{server.port}", "-o", "ttl=60", code=exits.PROBLEM
+    )
+    assert level(findings, "keys") == {"warning"}
+    assert level(findings, "conversations") == {"problem"}
+
+
+def test_memory_that_is_nearly_full_is_a_problem(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
+    server = start_valkey("maxmemory 4mb", "maxmemory-policy noeviction")
+    with valkey.Valkey.from_url(server.url) as client:
+        number = 0
+        while client.info("memory")["used_memory"] < 0.92 * 4 * 2**20:
+            client.set(f"filler {number}", b"x" * 30_000)
+            number += 1
+    findings = examine(tmp_path, "--url", server.url, "--read-only", "-o", "ttl=60", code=exits.PROBLEM)
+    assert level(findings, "memory") == {"problem"}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("valkey://:secret@example.com", "password and conversations"),
+        ("valkey://example.com:6379/1", "conversations travel"),
+        ("valkeys://:secret@example.com", ""),
+        ("rediss://example.com", ""),
+        ("valkey://localhost", ""),
+        ("valkey://127.0.0.1:6379", ""),
+        ("unix:///run/valkey.sock", ""),
+        ("valkey://[broken", ""),
+    ],
+)
+def test_conversations_that_travel_unencrypted_are_a_warning(url: str, words: str) -> None:
+    texts = [finding.text for finding in _transport(url)]
+    assert len(texts) == bool(words)
+    assert all(words in text and "secret" not in text for text in texts)
+
+
+def test_other_settings_of_durability_are_told(tmp_path: Path) -> None:
+    for fsync in ("everysec", "no"):
+        (tmp_path / "x").mkdir(exist_ok=True, mode=0o700)
+        assert level(examine(tmp_path, "--storage-dir", "x", "-o", f"fsync={fsync}"), "durability") == {"note"}
 
 
 def test_without_colours_it_is_lines_of_fields(tmp_path: Path) -> None:

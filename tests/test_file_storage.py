@@ -464,6 +464,21 @@ def test_a_damaged_file_is_listed_but_never_idle(tmp_path: Path, caplog: pytest.
     storage.close()
 
 
+def test_names_that_are_none_of_ours_are_passed_over(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    storage.call(append("alice", 1))
+    for name in (b"\xff.jsonl", b"\xff.json", b"Alice.jsonl", b"x~1.jsonl", b".jsonl", b"notes.txt", b"a~.json"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"{}\n")
+    (tmp_path / "bob.jsonl").mkdir()
+    (tmp_path / "carol.jsonl").symlink_to(tmp_path / "alice.jsonl")
+    assert set(storage.call(Listing()).context_ids) == {"alice", "bob", "carol", "a~"}  # type: ignore[union-attr]
+    time.sleep(0.01)
+    assert storage.call(Listing(idle_for=0.001)) == Page(("alice",), None)
+    assert {problem.context_id for problem in storage.verify()} == {"bob", "carol", "a~", None}
+    storage.close()
+
+
 # --- the cache
 
 

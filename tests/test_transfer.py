@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,16 @@ from stores import KINDS, Stores, fill, many, restore, store, whole
 
 from agentstate.codec import decode, encode
 from agentstate.context import SyncConversationContext
-from agentstate.errors import StateConflictError, StateCorruptedError, StateSerializationError, StateUnavailableError
+from agentstate.errors import (
+    StateAccessError,
+    StateConflictError,
+    StateCorruptedError,
+    StateError,
+    StateOutcomeUnknownError,
+    StateSerializationError,
+    StateTimeoutError,
+    StateUnavailableError,
+)
 from agentstate.operations import Append, Commit, Delete, Operation, Put, Query, Snapshot, Space
 from agentstate.storage.base import Settle, StateStorage
 from agentstate.storage.memory import InMemoryStorage
@@ -411,6 +421,122 @@ def test_progress_is_told_of_every_context(store: Stores) -> None:
     assert sorted(result.context_id for result in results) == sorted(names)
     assert sum(result.messages for result in results) == report.messages
     assert sum(result.size for result in results) == report.size
+
+
+# --- errors of storages ----------------------------------------------------------------------------------------------
+
+
+class Unsettled(InMemoryStorage):
+    """Answers operations with errors of its own, before or after it has carried them out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.errors: list[tuple[bool, Callable[[Operation], bool], Exception]] = []
+
+    def fail(self, error: StateError, when: Callable[[Operation], bool], *, afterwards: bool = False) -> None:
+        self.errors.append((afterwards, when, error))
+
+    def _execute(self, operation: Operation) -> Any:
+        failure = next((each for each in self.errors if each[1](operation)), None)
+        if failure is None:
+            return super()._execute(operation)
+        self.errors.remove(failure)
+        if failure[0]:
+            super()._execute(operation)
+        raise failure[2]
+
+
+def is_commit(operation: Operation) -> bool:
+    return isinstance(operation, Commit) and not isinstance(operation.changes[0], Delete)
+
+
+def is_commit_of(operation: Operation, changes: int) -> bool:
+    return isinstance(operation, Commit) and is_commit(operation) and len(operation.changes) == changes
+
+
+def is_delete(operation: Operation) -> bool:
+    return isinstance(operation, Commit) and isinstance(operation.changes[0], Delete)
+
+
+def test_operations_that_were_too_many_together_are_tried_alone() -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    many(source, 10)
+    for _ in range(4):
+        target.fail(StateTimeoutError("too late"), is_commit)
+    assert migrate(source, target).copied == 10
+
+
+@pytest.mark.parametrize("afterwards", [True, False])
+def test_an_unknown_outcome_becomes_known_by_reading_back(afterwards: bool) -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    many(source, 1)
+    target.fail(StateOutcomeUnknownError("lost"), is_commit, afterwards=afterwards)
+    report = migrate(source, target)
+    assert (report.copied, report.failed) == ((1, 0) if afterwards else (0, 1))
+    assert migrate(source, target).complete
+
+
+@pytest.mark.parametrize("afterwards", [True, False])
+def test_an_unknown_outcome_within_a_long_context_is_tried_again_and_never_twice(afterwards: bool) -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    for _ in range(4):
+        SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(500)])
+    for changes in (2, 3):  # of the first commit and of the last one
+        condition = partial(is_commit_of, changes=changes)
+        target.fail(StateOutcomeUnknownError("lost"), condition, afterwards=afterwards)
+    assert migrate(source, target).complete
+    assert not target.errors
+    assert whole(target, "a") == whole(source, "a")
+
+
+@pytest.mark.parametrize("name", ["owned", "long"])
+def test_what_cannot_be_replaced_is_reported_and_stays(name: str) -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    fill(source, contexts=0)
+    assert migrate(source, target).complete
+    SyncConversationContext(target).set_variable(name, "by", "somebody else")
+    before = whole(target, name)
+    target.fail(StateAccessError("not yours"), is_delete)
+    report = migrate(source, target, replace=True)
+    assert (report.failed, report.complete) == (1, False)
+    assert whole(target, name) == before
+
+
+def test_an_unfinished_copy_that_cannot_be_deleted_is_left_for_the_next_run(caplog: pytest.LogCaptureFixture) -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    for _ in range(5):
+        SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(500)])
+    target.fail(StateUnavailableError("it is down"), partial(is_commit_of, changes=2))
+    target.fail(StateUnavailableError("it is down"), is_delete)
+    assert migrate(source, target).failed == 1
+    assert "left behind" in caplog.text
+    left = whole(target, "a")
+    assert left is not None
+    assert UNFINISHED in left.metadata
+    assert migrate(source, target).complete
+
+
+def test_a_target_that_cannot_be_read_is_reported() -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    fill(source, contexts=1)
+    for _ in range(5):
+        target.fail(StateCorruptedError("damaged"), lambda operation: isinstance(operation, Query))
+    assert migrate(source, target).failed == 5
+
+
+def test_a_context_that_expires_on_its_way_is_gone() -> None:
+    source, target = InMemoryStorage(), Unsettled()
+    expires = time.time_ns() // 1000 + 300_000
+    restore(source, "a", Snapshot(None, NOON, NOON, 1, 0, 0, {}, {}, 0, (), expires))
+
+    def late(operation: Operation) -> bool:
+        if isinstance(operation, Query):
+            time.sleep(0.4)
+        return False
+
+    target.fail(StateCorruptedError("never"), late)
+    report = migrate(source, target)
+    assert (report.gone, report.failed) == (1, 0)
 
 
 # --- all that can be stored -----------------------------------------------------------------------------------------

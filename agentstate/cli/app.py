@@ -14,7 +14,7 @@ import click
 
 from ..errors import StateConfigError, StateError
 from . import chat, contexts, doctor, exits, setup, skill, transfers, verify
-from .console import fail, prepare_streams
+from .console import fail, help_if_alone, prepare_streams
 from .version import own_version
 
 _NAME = "agentstate"
@@ -25,12 +25,14 @@ _EXIT_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exits.MEA
 
 @click.group(
     name=_NAME,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=f"\b\nExit codes:\n{_EXIT_CODES}",
 )
 @click.version_option(own_version(), message="%(prog)s %(version)s")
 @click.option("-v", "--verbose", count=True, help="Log what is done to stderr; twice for every operation.")
-def cli(verbose: int) -> None:
+@click.pass_context
+def cli(context: click.Context, verbose: int) -> None:
     """Look after the conversations that agents remember.
 
     Commands use the storage that the configuration file names, or the one that their options choose. In a pipe,
@@ -45,6 +47,7 @@ def cli(verbose: int) -> None:
       agentstate show alice --json | jq '.history[-3:]'
       agentstate migrate ./conversation_states valkey://localhost:6379
     """
+    help_if_alone(context)
     if verbose:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("agentstate").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -124,9 +127,6 @@ def _invoke(arguments: Sequence[str]) -> int:
             return result if isinstance(result, int) else exits.OK
     except click.exceptions.Exit as end:
         return end.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return exits.USAGE
     except click.ClickException as error:
         about = getattr(error, "ctx", None)
         hint = (

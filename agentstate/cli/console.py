@@ -19,8 +19,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TextIO
 
 from ..urls import redact_url
+from .exits import USAGE
 
 if TYPE_CHECKING:
+    import click
     from rich.console import Console
 
 # C0 but newline and tab, DEL, C1, the marks that reverse the direction of text, separators, lone surrogates
@@ -48,6 +50,13 @@ def on_terminal() -> bool:
 def can_ask() -> bool:
     """Whether there is somebody to answer a question."""
     return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def help_if_alone(context: click.Context) -> None:
+    """Print the help of a group that was called without a command, and fail for it."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        context.exit(USAGE)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -143,9 +143,11 @@ def test_it_answers() -> None:
 '''
 
 
-@click.group()
-def skill() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def skill(context: click.Context) -> None:
     """Write new handlers."""
+    console.help_if_alone(context)
 
 
 class _Written(NamedTuple):

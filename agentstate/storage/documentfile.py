@@ -42,6 +42,10 @@ def read_document_file(folder: Folder, stem: str, context_id: str | None) -> byt
 def context_of_document(folder: Folder, stem: str) -> str | None:
     """Whose document the file of this name is. None for one that is none of ours."""
     try:
+        stem.encode()
+    except UnicodeEncodeError:  # the bytes of its name are no UTF-8, so it is not the name of any context
+        return None
+    try:
         if document_stem(stem) == stem:
             return stem
         from .document import document_id

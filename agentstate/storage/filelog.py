@@ -107,7 +107,7 @@ def is_torn(region: bytes, seed: int, offset: int) -> bool:
         if text and is_sealed(text, seed, position + len(line) - len(text)):
             if _flushed_before(text) > offset:
                 return False
-        elif not _HOLE.search(line):
+        elif not _HOLE.search(line) and not line.startswith(b"\0"):  # no single flipped bit makes a NUL of "{"
             return False
         position += len(line) + 1
     # A line whose newline is damaged: complete, and followed by a byte that is neither nothing nor a missing one.

@@ -55,7 +55,7 @@ class Folder:
                 with suppress(PermissionError):  # what may not be listed cannot be opened
                     self.fs.sync_folder(parent)
                 self._unsynced.discard(parent)
-            self._look()
+            self._found(self.fs.follow(self.path))
             if self.opened < 0 and os.name != "nt":
                 self.opened = self.fs.open(self.path, FOLDER)
         except OSError as error:
@@ -74,9 +74,12 @@ class Folder:
         else:
             self._unsynced.add(parent)
 
-    def _look(self) -> None:
-        status = self.fs.follow(self.path)
-        self._identity = (status.st_dev, status.st_ino)
+    def _found(self, status: os.stat_result) -> None:
+        """Note which folder stands under the path now."""
+        identity = status.st_dev, status.st_ino
+        if identity != self._identity:
+            self.close()
+        self._identity = identity
 
     def look_at_names(self) -> None:
         """Note when the folder changed last, so that nothing about names needs to be looked up until it does again."""
@@ -106,13 +109,18 @@ class Folder:
         if not stat.S_ISDIR(status.st_mode):
             not_one = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             raise unavailable(not_one, "use the storage folder", self.path) from not_one
-        self._identity = (status.st_dev, status.st_ino)
+        if self._identity is not None:
+            self._found(status)
 
     def sync(self) -> None:
         """Make what was created, renamed and removed in the folder survive power loss. Raises OSError."""
         number = self.begin_sync()
         self.fs.sync_folder(self.path)
         self.end_sync(number)
+
+    def holds_all_of(self, devices: set[int]) -> bool:
+        """Whether flushing the file system of `opened` flushes files on these devices."""
+        return self.opened >= 0 and self._identity is not None and devices == {self._identity[0]}
 
     def begin_sync(self) -> int:
         """Number a flush: it covers what was done in the folder while `syncs_begun` was lower."""

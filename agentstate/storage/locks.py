@@ -7,6 +7,7 @@ Opening it anew for every operation, as a FileLock does, costs about 60 microsec
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -38,10 +39,11 @@ def _native() -> tuple[Any, Any]:
 class FileLock:
     """One lock file. At most one thread of one process holds it."""
 
-    __slots__ = ("_fd", "_identity", "_thread_lock", "path")
+    __slots__ = ("_closed", "_fd", "_identity", "_thread_lock", "path")
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._closed = False
         self._fd = -1
         self._identity = (0, 0)
         self._thread_lock = threading.Lock()
@@ -82,6 +84,8 @@ class FileLock:
     def _lock_current_file(self) -> bool:
         lock_descriptor = (_functions or _native())[0]
         while True:
+            if self._closed:
+                raise OSError(errno.EBADF, "this storage was closed")
             if self._fd < 0:
                 self._open()
             if not lock_descriptor(self._fd, blocking=False):
@@ -105,9 +109,11 @@ class FileLock:
         finally:
             self._thread_lock.release()
 
-    def acquire_thread(self) -> None:
-        """Wait until no thread of this process holds the lock, and keep others from it for good."""
-        self._thread_lock.acquire()
+    def close_for_good(self) -> None:
+        """Close the file once no thread of this process holds the lock. Who waits for it then gets an error."""
+        with self._thread_lock:
+            self._closed = True
+            self.close()
 
     def close(self) -> None:
         """Close the file, and so let go of the lock if this is its last descriptor (a fork's copy is not)."""
@@ -122,6 +128,8 @@ class ThreadLock(FileLock):
     __slots__ = ()
 
     def _lock_current_file(self) -> bool:
+        if self._closed:
+            raise OSError(errno.EBADF, "this storage was closed")
         return True
 
     def release(self) -> None:
@@ -147,8 +155,7 @@ class StripedLocks:
     def close(self) -> None:
         """Close the files once nobody in this process holds them."""
         for lock in list(self._locks.values()):
-            lock.acquire_thread()
-            lock.close()
+            lock.close_for_good()
 
     def abandon(self) -> None:
         """In the child of a fork: close the copies of the files; the locks stay the parent's."""

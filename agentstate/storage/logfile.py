@@ -101,7 +101,7 @@ class LogFile:
         self.names_checked: int | None = None  # `folder.names` when no document was beside the log
         self.line_end = 0  # where the last commit's line ends, or will
         self.entry = 0  # which flush of the folder was the last that may not cover the file's name
-        self.flushed = 0  # up to where the file is taken to be on disk
+        self.flushed = 0  # up to where the file is taken to be on disk, where one does not wait for it
         self.synced = 0  # up to where we saw to that ourselves
         self.lapsed: int | None = None  # the file holds a context that has expired, and this was its last update
         self.adopted: list[Any] | None = None  # the document that the log was made from
@@ -150,7 +150,6 @@ class LogFile:
         except Damage:
             return False  # somebody put another log's content into this file; or it is damaged, as reading it will show
         self._note(status)
-        self.flushed = image.log_end
         return True
 
     def _load(self) -> LogImage:
@@ -161,7 +160,11 @@ class LogFile:
             status = reader.status()
             if not stat.S_ISREG(status.st_mode):
                 raise Damage(0, "it is not a regular file")
-            image, self.adopted = reader.image(status.st_size)
+            try:
+                image, self.adopted = reader.image(status.st_size)
+            except Damage:  # or somebody cut a torn end and wrote on, while it was being read
+                status = reader.status()
+                image, self.adopted = reader.image(status.st_size)
             if image.log_end > 0:
                 self.left.is_there(self.adopted)
             else:
@@ -169,6 +172,8 @@ class LogFile:
         except FileNotFoundError:
             self.image = self._load_document()
             return self.image
+        except IsADirectoryError:
+            raise self.corrupted(Damage(0, "it is a folder")) from None
         except OSError as error:
             self.forget()
             if isinstance(error, StateError):
@@ -324,13 +329,14 @@ class LogFile:
         if image.expires is not None and image.expires <= now and image.exists:
             self.lapsed = image.updated
             image.expire(now)
-        flushed = self.flushed if lazily or self._pending else None
+        begun = image.log_end - sum(map(len, self._pending)) if self._pending else image.log_end
+        flushed = self.flushed if lazily else begun if self._pending else None
         messages = _appended(commit, image)
         if messages is not None:
             if self.document is not None:
                 image = self._adopt(image)
             expires = None if ttl is None else now + int(ttl * 1_000_000)
-            self._take(image, image.append(messages, now, expires, commit.commit_id, flushed))
+            self._take(image, image.append(messages, now, expires, commit.commit_id, flushed), lazily)
             return b""
         effects = resolve(image, commit, now=now, ttl=ttl, lease=lease, read=self.read)
         if not isinstance(effects, Effects):
@@ -344,10 +350,10 @@ class LogFile:
             image = self._adopt(image)
         if image.log_end == 0:
             self._pending.append(image.header())
-        self._take(image, image.advance(effects, flushed))
+        self._take(image, image.advance(effects, flushed), lazily)
         return effects.answer
 
-    def _take(self, image: LogImage, line: bytes) -> None:
+    def _take(self, image: LogImage, line: bytes, lazily: bool) -> None:
         self._pending.append(line)
         self.line_end = image.log_end
         if line.find(b"\n") != len(line) - 1:
@@ -355,7 +361,7 @@ class LogFile:
             raise StateSerializationError("a stored value holds a line break", context_id=self.context_id)
         if image.log_end >= image.checkpoint_due:
             begun = image.log_end - sum(map(len, self._pending))
-            self._pending.append(image.checkpoint(self.flushed, begun))
+            self._pending.append(image.checkpoint(self.flushed if lazily else begun, begun))
 
     def write(self) -> int:
         """Append what was taken in, and say how many bytes. Raises WriteFailed, StateOutcomeUnknownError."""
@@ -636,7 +642,7 @@ def context_of_log(folder: Folder, stem: str) -> str | None:
     Raises StateUnavailableError, and StateCorruptedError where only the header tells, and it does not.
     """
     if "~" not in stem:
-        return stem if file_stem(stem) == stem else None
+        return stem if stem.isascii() and file_stem(stem) == stem else None
     path = folder.file(stem + SUFFIX)
     reader = LogReader(folder, path, "")
     try:

@@ -407,7 +407,8 @@ class LogLayout:
 
     def _flush_durably(self, units: list[_Unit]) -> None:
         begun = time.monotonic()
-        if self._flushing.all_at_once(len(units)):
+        devices = {unit.log.identity[0] for unit in units if unit.log is not None and unit.log.identity is not None}
+        if self._flushing.all_at_once(len(units)) and self.folder.holds_all_of(devices):
             self._flush_all_at_once(units)
             self._flushing.took_at_once(time.monotonic() - begun)
             return

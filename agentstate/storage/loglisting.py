@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..errors import StateConflictError, StateCorruptedError, StateError
+from ..errors import StateConflictError, StateCorruptedError, StateError, StateUnavailableError
 from ..operations import Listing, Page
 from .base import check_deadline, now_microseconds
 from .documentfile import DOCUMENT, context_of_document, is_log_there
-from .filesystem import NEW
+from .filesystem import NEW, concerns_one_file
 from .folder import NamePages
 from .logfile import SUFFIX, context_of_log, log_file
 from .logimage import LogImage
@@ -51,7 +51,9 @@ class LogListing:
                     image = log.refresh()
                 finally:
                     log.reader.close()
-        except (StateCorruptedError, StateConflictError) as error:
+        except (StateCorruptedError, StateConflictError, StateUnavailableError) as error:
+            if isinstance(error, StateUnavailableError) and not concerns_one_file(error):
+                raise
             # It is there, so it is listed; but whose it is and how old, nobody can say.
             if listing.user is None and listing.idle_for is None and error.context_id is not None:
                 return error.context_id

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-from ..errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError
+from ..errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError, StateUnavailableError
 from .documentfile import DOCUMENT, context_of_document
 from .filelog import Damage, fields, is_sealed, seal_ends
-from .filesystem import unavailable, write_whole
+from .filesystem import concerns_one_file, unavailable, write_whole
 from .folder import Folder, NamePages
 from .leftbehind import LeftDocument
 from .logfile import SUFFIX, LogFile, context_of_log, log_file
@@ -57,7 +57,9 @@ def problems(folder: Folder) -> Iterator[Problem]:
                 else:
                     context_id = context_of_log(folder, name[: -len(SUFFIX)])
                     reason = None if context_id is None else examine(log_file(folder, context_id))
-            except StateCorruptedError as error:
+            except (StateCorruptedError, StateUnavailableError) as error:
+                if isinstance(error, StateUnavailableError) and not concerns_one_file(error):
+                    raise
                 reason = str(error)
             if reason is not None:
                 yield Problem(context_id, folder.file(name), reason)

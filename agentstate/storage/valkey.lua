@@ -311,6 +311,8 @@ local function commit(shape, a, k)
   local exists = stored[1] and true
   if exists and stored[1] ~= id then
     return 'i', stored[1]
+  elseif not exists and call('EXISTS', state) == 1 then
+    return 'w', { state, 'hash' } -- somebody else's: ours has an id
   end
   if late then
     rare = rare or seldom()
@@ -749,6 +751,9 @@ local function query(shape, a, k)
     return rare.strange(stored, k)
   end
   if not stored[1] then
+    if call('EXISTS', state) == 1 then
+      return 'w', { state, 'hash' }
+    end
     return 'n'
   end
   if stored[1] ~= id then

@@ -44,6 +44,7 @@ from .valkey_reads import (
     named,
     pack_read,
     read_reply,
+    reads_everything,
     snapshot,
     snapshot_of,
     torn_history,
@@ -424,12 +425,19 @@ class _Execution:
             else:
                 self._failed(reply, [index], again)
             return
+        query = cast(Query, self.operations[index])
         outcome: Outcome | StateError
         try:
-            outcome = snapshot_of(cast(Query, self.operations[index]), *reply)
+            outcome = snapshot_of(query, *reply)
         except StateError as error:
             outcome = error
-        self.settle(index, outcome)
+        if outcome is None and not reads_everything(query):
+            # None of our fields: nothing is there, or somebody else's hash. The script can tell; only an absent
+            # context pays for this second trip.
+            self.scripted.add(index)
+            again.append(index)
+        else:
+            self.settle(index, outcome)
 
     def _answered(self, pool: Pool, group: list[int], reply: list[Any], again: list[int], confirmed: Any) -> None:
         header = reply[0]
