@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,20 @@ from agentstate.errors import (
     StateOutcomeUnknownError,
     StateUnavailableError,
 )
-from agentstate.operations import Append, Create, Delete, Increment, Lease, Listing, Pop, Put, Query, Space, Trim
+from agentstate.operations import (
+    Append,
+    Create,
+    Delete,
+    Increment,
+    Lease,
+    Listing,
+    Pop,
+    Put,
+    Query,
+    Space,
+    Trim,
+    Window,
+)
 from agentstate.storage import filesystem, loglayout
 
 Around = Callable[..., Any]
@@ -427,3 +441,82 @@ def test_waiting_for_a_stopped_disk_is_not_our_doing_but_the_deadline_is(tmp_pat
     assert isinstance(outcomes[0], StateError)
     assert texts(storage, "alice") == ["2"]
     storage.close()
+
+
+def _torn(folder: Path) -> None:
+    with open(folder / "alice.jsonl", "ab") as file:
+        file.write(b'{"rev":')
+
+
+def _suspect(folder: Path) -> None:
+    (folder / "alice.jsonl").chmod(0o1600)
+
+
+def _nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "operation"),
+    [
+        (_nothing, Query("alice", None, None, Window(first=3, limit=2))),
+        (_nothing, commit("alice", Pop(9), commit_id="x")),
+        (_nothing, commit("alice", Trim(3), commit_id="x")),
+        (_nothing, clear("alice", idle_for=0.0, commit_id="x")),
+        (_torn, append("alice", "x", commit_id="x")),
+        (_suspect, append("alice", "x", commit_id="x")),
+        (_nothing, Listing()),
+        (_nothing, Listing(idle_for=0.0)),
+        (_nothing, Lease("alice", "take", "t", 30)),
+        (_nothing, append("alice", "x", commit_id="x", fence="nobody's")),
+    ],
+    ids=["page", "pop", "trim", "cleanup", "torn", "suspect", "list", "idle", "lease", "fence"],
+)
+def test_whichever_call_fails_the_store_is_as_before_or_as_after(tmp_path: Path, prepare: Any, operation: Any) -> None:
+    base = FileStorage(tmp_path / "base", fsync="no")
+    for number in range(120):
+        base.call(append("alice", f"{number} " + "x" * 200, commit_id=f"n{number}"))
+    base.close()
+    before = look(FileStorage(tmp_path / "base"), "alice")
+    prepare(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "after")
+    reference = FileStorage(tmp_path / "after")
+    outcome = together(reference, operation)[0]
+    after = look(reference, "alice")
+    reference.close()
+    nth = 0
+    failures = [True]
+    while failures:
+        failures = []
+        folder = tmp_path / str(nth)
+        shutil.copytree(tmp_path / "base", folder)
+        failing = fail(errno.EIO, *[name for name in Between.NAMES if name != "close"], after=nth)
+
+        def around(name: str, call: Any, arguments: Any, failing: Around = failing, failures: Any = failures) -> Any:
+            try:
+                return failing(name, call, arguments)
+            except OSError as caught:
+                if caught.filename is None:
+                    failures.append(name)
+                raise
+
+        between = Between(around)
+        storage = FileStorage(folder, file_system=between)
+        found = together(storage, operation)[0]
+        between.around = fail(0)
+        if isinstance(found, StateUnavailableError):
+            assert failures
+            states = [before, after] if isinstance(found, StateOutcomeUnknownError) else [before]
+        else:
+            assert type(found) is type(outcome)
+            states = [after]
+        for reader in (storage, FileStorage(folder)):
+            assert _without_times(look(reader, "alice")) in [_without_times(state) for state in states]
+        if isinstance(found, StateOutcomeUnknownError):
+            assert together(storage, operation)[0] == outcome
+        storage.call(append("alice", "life goes on"))
+        assert list(storage.verify()) == []
+        storage.close()
+        shutil.rmtree(folder)
+        nth += 1
+    assert nth > 5
