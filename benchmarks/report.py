@@ -133,8 +133,8 @@ def made_on(reports: list[dict[str, Any]]) -> str:
     """One sentence about where the figures come from."""
     shown = reports[-1]["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in shown["packages"].items())
-    loads = [report["machine"].get("load", 0.0) for report in reports]
-    busy = f" The machine's load average was {min(loads)} to {max(loads)}." if max(loads) > 2 else ""
+    loads = [report["machine"]["load"] for report in reports if "load" in report["machine"]]
+    busy = f" The machine's load average was {min(loads)} to {max(loads)}." if max(loads, default=0.0) > 2 else ""
     quick = " Some are of a quick run, and say nothing." if any(report["quick"] for report in reports) else ""
     return (
         f"Measured on {shown['date']} with Python {shown['python']} on {shown['system']}, {shown['processor']}; "

@@ -30,12 +30,19 @@ def start_server(run: Run) -> Any:
 
 
 class Counter:
-    """Counts the commands that clients send to the server, as it sees them: each is a round trip (or shares one)."""
+    """Counts what clients ask of the server, as it sees it."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
+        self._client = server.client()
 
-    def of(self, work: Callable[[], object]) -> tuple[list[str], list[str]]:
+    def trips(self, work: Callable[[], object]) -> int:
+        """How often the server read something from a client during `work`: commands sent in one go are one trip."""
+        before = self._reads()
+        work()
+        return self._reads() - before - 1  # INFO itself
+
+    def commands(self, work: Callable[[], object]) -> tuple[list[str], list[str]]:
         """The commands that clients sent during `work`, and those that scripts ran for them."""
         sent: list[str] = []
         by_scripts: list[str] = []
@@ -50,3 +57,7 @@ class Counter:
                         break
                     (by_scripts if seen["client_type"] == "lua" else sent).append(name)
         return sent, by_scripts
+
+    def _reads(self) -> int:
+        stats: Any = self._client.info("stats")
+        return int(stats["total_reads_processed"])

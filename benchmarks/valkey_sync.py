@@ -55,10 +55,8 @@ def operations(run: Run) -> None:
         for number in range(5):
             if operation.prepare is not None:
                 operation.prepare(number)
-        sent, _ = counter.of(lambda: list(map(operation.ours, range(5))))  # noqa: B023 - called at once
-        run.figure(
-            f"{work}: round trips", len(sent) / 5, f"{operation.trips}", operation.trips, "commands", at_most=1.0
-        )
+        made = counter.trips(lambda: list(map(operation.ours, range(5)))) / 5  # noqa: B023 - called at once
+        run.figure(f"{work}: round trips", made, f"{operation.trips}", operation.trips, "trips", at_most=1.0)
 
 
 def _operations(context: SyncConversationContext, client: Any) -> list[Operation]:
@@ -136,12 +134,12 @@ def turn(run: Run) -> None:
     run.row("Valkey: agent turn", samples, OURS, "two valkey-py pipelines", at_most=1.3)
     run.row("Valkey: agent turn", samples, OURS, "two valkey-py pipelines without MULTI")
     counter = Counter(server)
-    read, _ = counter.of(lambda: context.get_state("turn", history_limit=5))
-    both, by_script = counter.of(lambda: one_turn(context))
-    run.report.facts["commands that the script runs for one turn"] = " ".join(by_script)
-    trips = {"read": len(read), "write": len(both) - len(read)}
-    for what, count in trips.items():
-        run.figure(f"Valkey: agent turn: round trips to {what}", count, "1", 1, "commands", at_most=1.0)
+    read = counter.trips(lambda: context.get_state("turn", history_limit=5))
+    both = counter.trips(lambda: one_turn(context))
+    sent, by_scripts = counter.commands(lambda: one_turn(context))
+    run.report.facts["commands of one turn"] = f"{' '.join(sent)}; run by scripts: {' '.join(by_scripts)}"
+    for what, trips in (("read", read), ("write", both - read)):
+        run.figure(f"Valkey: agent turn: round trips to {what}", trips, "1", 1, "trips", at_most=1.0)
 
 
 def prepare_turn(context: SyncConversationContext) -> None:

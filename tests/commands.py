@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import select
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +58,60 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(*arguments: str | Path, cwd: Path, stdin: str | bytes = b"", timeout: float = 60, **variables: str) -> Ran:
-    """Run a command to its end, with its output in pipes."""
+    """Run a command to its end, with its output in pipes.
+
+    It starts from nothing where `variables` of its environment decide how, or where there is no fork.
+    """
     given = stdin.encode() if isinstance(stdin, str) else stdin
+    if not variables and sys.platform == "linux":
+        return _forked(list(map(str, arguments)), cwd, given, timeout)
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, input=given, capture_output=True, env=environment(**variables), timeout=timeout, check=False,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+@cache
+def _zygote() -> socket.socket:
+    """Where to ask for forked commands."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = Path(__file__).with_name("zygote.py")
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment()
+        )
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+_asking = threading.Lock()
+
+
+def _forked(arguments: list[str], cwd: Path, stdin: bytes, timeout: float) -> Ran:
+    """Run a command that the zygote forks."""
+    request = {"arguments": arguments, "cwd": str(cwd), "environment": environment()}
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(stdin)
+        given.seek(0)
+        answer, answering = os.pipe()
+        with open(answer, "rb") as code:
+            with open(answering, "wb") as end, _asking:
+                streams = [stream.fileno() for stream in (given, out, err, end)]
+                socket.send_fds(_zygote(), [json.dumps(request).encode()], streams)
+            poll = select.poll()  # not select(): the number of a descriptor may be large
+            poll.register(code, select.POLLIN)
+            if not poll.poll(timeout * 1000):
+                raise TimeoutError(f"agentstate {' '.join(arguments)}: not within {timeout:g} s")
+            number = int(code.read())
+        out.seek(0)
+        err.seek(0)
+        return Ran(number, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
 
 
 @contextmanager

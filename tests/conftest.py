@@ -116,3 +116,24 @@ def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthori
     certificate = certificate_authority.issue("localhost", "127.0.0.1")
     with TlsProxy(valkey_9, certificate, certificate_authority.ca_file) as proxy:
         yield proxy
+
+
+EXHAUSTIVE = (
+    "tests/torture/",
+    "tests/test_cli",
+    "tests/test_contract.py::TestFileDocument",
+    "tests/test_contract.py::TestFileLogExclusive",
+    "tests/test_contract.py::TestFileLogUnflushed",
+    "tests/test_contract.py::TestValkeyDocument",
+    "tests/test_file_faults.py",
+    "tests/test_transfer",
+    "tests/test_valkey_faults.py",
+    "tests/test_valkey_topology.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what one Python is enough for."""
+    for item in items:
+        if item.nodeid.startswith(EXHAUSTIVE):
+            item.add_marker(pytest.mark.exhaustive)

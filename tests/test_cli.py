@@ -52,6 +52,9 @@ def test_help_is_given_without_arguments_and_for_every_command(tmp_path: Path) -
     assert asked.code == 0
     assert "Exit codes:" in asked.out
     assert "Exit codes:" in bare.err
+    alone = run("skill", cwd=tmp_path)
+    assert (alone.code, alone.out) == (exits.USAGE, "")
+    assert "create" in alone.err
     for name in COMMANDS:
         text = run(name, "-h", cwd=tmp_path).out
         assert text.startswith(f"Usage: agentstate {name}")
@@ -88,6 +91,7 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["export", "file"], exits.REFUSED, ["exists already"]),
     (["export", "no/folder/x"], exits.PROBLEM, ["no/folder/x"]),
     (["export", "--id", "a", "--user", "b"], exits.USAGE, ["--user"]),
+    (["export", "--json"], exits.USAGE, ["--json"]),
     (["import", "nothing.jsonl"], exits.NOT_FOUND, ["nothing.jsonl"]),
     (["migrate", "nothing", "new"], exits.NOT_FOUND, ["nothing"]),
     (["migrate", "conversation_states", "./conversation_states/"], exits.USAGE, ["same place"]),
@@ -98,6 +102,8 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["chat", "json:handler"], exits.NOT_FOUND, ["handler"]),
     (["chat", "json"], exits.USAGE, ["MODULE:HANDLER"]),
     (["skill", "create"], exits.USAGE, ["NAME"]),
+    (["skill", "create", "x", "--no-state", "--storage", "file"], exits.USAGE, ["--no-state"]),
+    (["skill", "create", "x", "--storage", "file", "--url", "valkey://x"], exits.USAGE, ["--url"]),
     (["skill", "create", "../x"], exits.USAGE, ["../x"]),
 ]
 

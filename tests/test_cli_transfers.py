@@ -268,3 +268,33 @@ def test_a_migration_can_be_watched_in_the_log(here: Path) -> None:
     assert ran.code == 0
     assert not re.search("message 1190", ran.err)
     assert os.listdir(here / "new")
+
+
+@pytest.fixture
+def third_party(tmp_path: Path) -> dict[str, str]:
+    """The environment of a command that finds a storage of a third party, `sqlite`, among the installed packages."""
+    metadata = tmp_path / "site" / "sqlite_storage-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sqlite-storage\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[agentstate.storages]\nsqlite = test_third_party:SqliteStorage\n")
+    folders = (str(metadata.parent), str(Path(__file__).parent), environment()["PYTHONPATH"])
+    return {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+def test_a_storage_of_a_third_party_is_one_like_any_other(here: Path, third_party: dict[str, str]) -> None:
+    there = run(
+        "migrate", "conversation_states", "sqlite", "--to-option", "path=x.db", "--json", cwd=here, **third_party
+    )
+    assert (there.code, there.json["copied"]) == (0, 24), there
+    options = ["--storage", "sqlite", "-o", "path=x.db"]
+    assert len(run("list", *options, cwd=here, **third_party).rows) == 24
+    assert run("verify", *options, cwd=here, **third_party).code == 0
+    assert run("doctor", *options, cwd=here, **third_party).code == 0
+    back = run("migrate", "sqlite", "back", "--from-option", "path=x.db", cwd=here, **third_party)
+    assert back.code == 0
+    assert same(opened(here / "conversation_states"), opened(here / "back"))
+    assert_one_line(run("list", "--storage", "sqlite", cwd=here, **third_party), exits.USAGE, "path")
+    same_place = run(
+        "migrate", "sqlite", "sqlite", "--from-option", "path=x", "--to-option", "path=x", cwd=here, **third_party
+    )
+    assert_one_line(same_place, exits.USAGE, "same place")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import valkey
 from commands import run
 from servers import ValkeyServer
-from stores import many
+from stores import many, restore
 
 from agentstate.cli import exits
+from agentstate.cli.verify import _damaged
 from agentstate.context import SyncConversationContext
+from agentstate.operations import Snapshot
 from agentstate.storage.file import FileStorage
+from agentstate.storage.memory import InMemoryStorage
 from agentstate.storage.valkey import ValkeyStorage
 
 
@@ -81,3 +85,19 @@ def test_a_history_that_somebody_else_cut_is_found_on_a_server(
         assert ran.code == exits.CORRUPTED
         assert [each["context_id"] for each in ran.json["damaged"]] == ["a"]
         assert (ran.json["conversations"], ran.json["messages"]) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"variables": {"v": b"{nonsense"}}, "variable 'v' is not JSON"),
+        ({"metadata": {"m": b"[" * 100_000}}, "metadata 'm' is not JSON"),
+        ({"messages": [b'"text"'], "end": 1}, "message 0 is not a JSON object"),
+    ],
+)
+def test_values_that_are_no_json_are_found(change: dict[str, Any], reason: str) -> None:
+    storage = InMemoryStorage()
+    restore(storage, "a", Snapshot(None, 1, 1, 1, 0, 0, {}, {}, 0, ())._replace(**change))
+    assert [damage.reason for damage in _damaged(storage, [], [0, 0])] == [
+        f"the {reason}".replace("the message", "message")
+    ]

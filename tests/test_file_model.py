@@ -106,7 +106,8 @@ class Operations:
             return Put(space, ((random.choice(keys), random.choice(VALUES)),), random.random() < 0.1)
         changes: tuple[Change, ...] = (
             Drop(space, random.choice(keys)), Increment("n", b"2"), Trim(random.choice((0, 1, 3, 10, 30))), Delete(),
-            Pop(random.choice((1, 2, 5, 20))), Create(random.choice((None, "u"))), Own(random.choice((None, "u"))),
+            Pop(random.choice((1, 2, 5, 20))),
+            Create(random.choice((None, "u"))), Own(random.choice((None, "u"))),
         )  # fmt: skip
         return random.choice(changes)
 

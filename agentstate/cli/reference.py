@@ -38,6 +38,36 @@ This page is made from the commands (`python -m agentstate.cli.reference`).
 """
 
 
+_TRANSFERS = """\
+## What export, import and migrate keep
+
+Owner, variables, metadata, messages with their positions, revision, the times of creation and last update, and expiry.
+Not copied are leases and the commit ids that are remembered for retries. A conversation that does not expire gets the
+`ttl` of its new storage, if that has one. `max_history` of the new storage counts from its next message on, and a value
+that is larger than its `max_value_bytes` is refused.
+
+- Each conversation is copied as it is at one moment. A running agent's later changes are not followed: start the same
+  migration again with `--replace`, or stop the agents first.
+- Each one is read back and compared, also those that were there before. What is there and differs is left alone,
+  reported, and makes the exit code 5. `--replace` deletes it and writes it anew, in two steps.
+- A conversation of up to 500 messages is written by one commit. A longer one is written by several, but never by more
+  than its own revision, which so is kept exactly: one that was made by a single large commit is written by one, and
+  must fit into memory. Until its last commit it has the metadata key `agentstate.transfer`, and readers see a part of
+  it; a migration that was killed there writes it anew when it is started again.
+- A conversation of more than 500 messages that somebody writes to while it is read is read again, five times at most.
+
+An archive is JSON Lines: a header, one conversation a line (the document that `show --json` prints, with `expires_at`
+where it expires), and an end that counts them.
+
+    {"agentstate_archive":1,"created_at":"2026-01-31T12:00:00.000000+00:00"}
+    {"context_id":"alice","user_id":null,"created_at":"...","updated_at":"...","metadata":{},"variables":{},"history":[...],"history_start":0,"revision":7}
+    {"end":{"contexts":1,"messages":2}}
+
+The history of a long one goes on in lines like `{"continues":"alice","history":[...],"more":true}`; its first line says
+how many `messages` there are. Archives can be edited, cut, put together, and made by hand: lines of conversations alone
+are an archive too, and of a conversation only `context_id` is needed.
+"""
+
 _SHARED = """\
 ## Options of the storage
 
@@ -48,10 +78,8 @@ Every command that works on a storage has these.
 
 def markdown() -> str:
     """The page."""
-    shared = "## Options of the storage\n\nEvery command that works on a storage has these.\n\n" + _table(
-        _shared_options()
-    )
-    return "\n".join([_INTRODUCTION, _exit_codes(), shared, *_commands()]).rstrip() + "\n"
+    shared = _SHARED + _table(_shared_options())
+    return "\n".join([_INTRODUCTION, _exit_codes(), shared, *_commands(), _TRANSFERS]).rstrip() + "\n"
 
 
 def _exit_codes() -> str:

@@ -14,7 +14,7 @@ import click
 
 from ..config import CONFIG_VARIABLE
 from ..errors import StateConfigError, StateError
-from ..registry import overridden, read_config, storage_class
+from ..registry import overridden, read_config, shared_context
 from ..storage.base import StateStorage
 from ..urls import redact_url
 
@@ -49,7 +49,7 @@ class Place:
                 "the storage is 'memory', which lives inside each process and cannot be looked at from another: "
                 "choose one with --storage, --url or --storage-dir"
             )
-        storage = storage_class(self.backend)(**self.options)
+        storage = shared_context(self.backend, self.options, blocking=True).storage
         try:
             yield storage
         finally:

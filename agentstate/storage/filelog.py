@@ -21,7 +21,8 @@ since 1970.
     All that the lines before it led to, but for the messages: so that a reader needs no more than the last one and
     what follows it. 0 stands for a context that does not exist (any more); `forget` says from when on its commit ids
     need not be remembered. `begun`: where the write began that it was a part of, if that is not `flushed`. `commits`:
-    the last commit ids; `answers` of them, and which have `unkept` ones. `live`: about how many bytes the messages
+    the last commit ids, as what all of them begin with, and how each goes on; `answers` of them, and which have
+    `unkept` ones. `live`: about how many bytes the messages
     take up. `base`: how large the file was when it was written as a whole. `runs`: where the messages since the
     previous such list are, each ``[first position, count, offset, size]``; `older`: ``[offset, size]`` of the line
     with the previous list.
@@ -146,7 +147,6 @@ def begin_of_write(checkpoint: bytes, offset: int) -> int:
 _APPEND_START: Final = (
     rb'\{"rev":(\d+),"at":(\d+),"id":"([^"\\ ]*)",(?:"flushed":\d+,)?(?:"expires":(\d+),)?(?:"start":(\d+),)?"add":\['
 )
-_APPEND = re.compile(_APPEND_START)
 APPEND_LINE: Final = re.compile(_APPEND_START + rb'(.*)\],"crc":"([0-9a-f]{8})"\}\n')
 
 
@@ -214,11 +214,11 @@ def _texts_of_object(text: str, position: int) -> tuple[dict[str, bytes], int]:
 
 
 def messages_of(line: bytes) -> list[bytes]:
-    """The messages that a sealed line adds."""
-    match = _APPEND.match(line)
-    if match is not None:
-        return [line[match.end() : -SEAL_SIZE - 1]]
-    added: list[bytes] = fields(line).get("add", [])
+    """The messages that a sealed line adds. Raises Damage."""
+    try:
+        added: list[bytes] = fields(line).get("add", [])
+    except ValueError as error:
+        raise Damage(0, str(error)) from error
     return added
 
 

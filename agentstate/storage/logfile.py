@@ -251,7 +251,12 @@ class LogFile:
         try:
             if self.reader.fd < 0 and not self._reopen(image):
                 raise FileNotFoundError
-            return self.reader.messages(image, first, stop)
+            messages = self.reader.messages(image, first, min(known, stop))
+            if stop > known:
+                messages += image.recent[: stop - known]
+            if stop == image.end:
+                image.note_recent(messages)
+            return messages
         except FileNotFoundError:
             self.forget()
             raise LookAgain from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Any, Final
 from zlib import crc32
 
@@ -32,7 +33,7 @@ _RECENT_MESSAGES: Final = 64
 _RECENT_BYTES: Final = 16 * 1024
 """How much of a history's end an image keeps."""
 
-_CHECKPOINT_EVERY: Final = 8 * 1024
+_CHECKPOINT_EVERY: Final = 4 * 1024
 _CHECKPOINT_SHARE: Final = 8
 """A checkpoint is due after so many bytes, and so many times the size of the last one."""
 
@@ -223,7 +224,8 @@ class LogImage(Image):
             self.expires = said.get("expires")
             self.variables, self.metadata = said.get("variables", {}), said.get("metadata", {})
             self.start, self.end = said.get("start", 0), said.get("end", 0)
-            self.commits = dict.fromkeys(said["commits"], b"")
+            prefix, *rest = said["commits"]
+            self.commits = dict.fromkeys([prefix + suffix for suffix in rest], b"")
             self.commits.update(said.get("answers", {}))
             self.commits.update(dict.fromkeys(said.get("unkept", ()), ALREADY_APPLIED))
         self.live, self.base = said.get("live", 0), said.get("base", 0)
@@ -284,6 +286,13 @@ class LogImage(Image):
                 break
         self.recent = self.recent[len(self.recent) - count :]
         self.recent_bytes = size
+
+    def note_recent(self, messages: Sequence[bytes]) -> None:
+        """These are the last messages: keep what may be kept of them."""
+        self.recent = list(messages[-_RECENT_MESSAGES:])
+        self.recent_bytes = sum(map(len, self.recent))
+        if self.recent_bytes > _RECENT_BYTES:
+            self._forget_recent()
 
     def _drop_last(self, keep: int) -> None:
         before, gone = self.end - self.start, self.end - keep
@@ -412,7 +421,9 @@ class LogImage(Image):
             if self.metadata:
                 parts.append(b',"metadata":' + object_of(self.metadata))
         commits = list(self.commits.items())[-REMEMBERED_COMMITS:]
-        parts.append(b',"commits":' + text([commit_id for commit_id, _ in commits]))
+        prefix = commonprefix([commit_id for commit_id, _ in commits])  # noqa: RUF071 - of texts, these are no paths
+        suffixes = [commit_id[len(prefix) :] for commit_id, _ in commits]
+        parts.append(b',"commits":' + text([prefix, *suffixes]))
         answers = {commit_id: answer for commit_id, answer in commits if answer and answer != ALREADY_APPLIED}
         unkept = [commit_id for commit_id, answer in commits if answer == ALREADY_APPLIED]
         if answers:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any, Final
+from zlib import crc32
 
 from .filelog import (
+    APPEND_LINE,
     CHECKPOINT_START,
     SEAL_SIZE,
     Damage,
@@ -214,9 +216,29 @@ class LogReader:
         image.older = None if older is None else (older[0], older[1])
 
     def _run(self, run: Run, first: int, stop: int) -> list[bytes]:
-        """The messages [first, stop) of a run, from its last line backwards."""
+        """The messages [first, stop) of a run."""
         begin, count, offset, size = run
         data = self.read(offset, size)
+        if first == begin and stop == begin + count and (messages := self._whole_run(data, offset, count)):
+            return messages
+        return self._part_of_run(data, run, first, stop)
+
+    def _whole_run(self, data: bytes, offset: int, count: int) -> list[bytes] | None:
+        """The messages of a run of usual lines; None for any other, or where there is any doubt."""
+        messages = []
+        begin, seed, view = 0, self.seed + offset, memoryview(data)
+        while (match := APPEND_LINE.match(data, begin)) is not None:
+            message, checksum = match.group(6, 7)
+            end = match.end()
+            if int(checksum, 16) != crc32(view[begin : end - SEAL_SIZE - 1], (seed + begin) & 0xFFFFFFFF):
+                return None
+            messages.append(message)
+            begin = end
+        return messages if begin == len(data) and len(messages) == count else None
+
+    def _part_of_run(self, data: bytes, run: Run, first: int, stop: int) -> list[bytes]:
+        """From the last line backwards: mostly the last messages are wanted."""
+        begin, count, offset, _ = run
         limit = len(data) - 1
         if limit < 0 or data[limit] != 10:
             raise Damage(offset, "a line ends before its end")
@@ -224,11 +246,8 @@ class LogReader:
         parts: list[list[bytes]] = []
         while end > first:
             start = data.rfind(b"\n", 0, max(limit, 0)) + 1
-            line = data[start:limit]
-            if limit <= 0 or not is_sealed(line, self.seed, offset + start):
-                raise Damage(offset + start, "a line's checksum does not match")
+            added = self._messages_in(data, start, limit, offset)
             limit = start - 1
-            added = messages_of(line)
             if not added:
                 continue
             begin = end - len(added)
@@ -237,6 +256,18 @@ class LogReader:
             end = begin
         parts.reverse()
         return [message for part in parts for message in part]
+
+    def _messages_in(self, data: bytes, start: int, limit: int, offset: int) -> list[bytes]:
+        """The messages in the line that stands at [start, limit) of what was read at `offset`."""
+        match = APPEND_LINE.match(data, start)
+        if match is not None:
+            body = data[start : limit - SEAL_SIZE]
+            if int(match[7], 16) == crc32(body, (self.seed + offset + start) & 0xFFFFFFFF):
+                return [match[6]]
+        line = data[start:limit]
+        if limit <= 0 or not is_sealed(line, self.seed, offset + start):
+            raise Damage(offset + start, "a line's checksum does not match")
+        return messages_of(line)
 
     # --- all of it
 

@@ -56,7 +56,7 @@ local function seldom()
     if call('EXISTS', history) == 1 or (call('EXISTS', commits) == 1 and not call('ZSCORE', commits, '')) then
       return 'y'
     end
-    return 'd', call('GET', state)
+    return 'd', { call('GET', state), call('PTTL', state) }
   end
 
   -- Remembered commits are the members of a sorted set, by time. What belongs to one of them is a second member of the

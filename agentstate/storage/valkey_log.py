@@ -564,7 +564,10 @@ class _Execution:
 
     def _document(self, index: int, operation: Any, detail: Any) -> Outcome:
         """Under the key is AgentUp's document: read it here; the first commit that changes it converts it."""
-        document = parse_document(detail, operation.context_id)
+        data, milliseconds = detail
+        document = parse_document(data, operation.context_id)
+        if milliseconds > 0:  # the key's own expiry, which is how AgentUp's documents end
+            document.expires = self.now + milliseconds * 1000
         document.expire(self.now)
         if type(operation) is Query:
             return document.answer(operation) if document.exists else None
@@ -579,7 +582,7 @@ class _Execution:
             return effects
         remembered = tuple((name.encode(), answer) for name, answer in document.commits.items())
         document.apply(effects)
-        self._replace(index, _conversion(commit, detail, effects.answer, document, remembered))
+        self._replace(index, _conversion(commit, data, effects.answer, document, remembered))
         return cast(Outcome, _AGAIN)
 
     def _replace(self, index: int, operation: OnContext) -> None:

@@ -42,7 +42,7 @@ from .pieces import GROUP_BYTES, LARGEST_GROUP, PAGE, Changed, Context, Fate, Pa
 UNFINISHED: Final = "agentstate.transfer"
 """The metadata key that a long context has while it is being written: an interrupted transfer finds what it left."""
 
-_EXPIRY_TOLERANCE: Final = 1000  # microseconds: Valkey knows milliseconds
+_EXPIRY_TOLERANCE: Final = 10_000  # microseconds: Valkey knows milliseconds, and of AgentUp's keys only what is left
 
 _logger = logging.getLogger("agentstate.transfer")
 
