@@ -141,11 +141,13 @@ def cleanup_old_contexts(self: Caller, /, max_age_hours: float = 24) -> Calls[in
     Each is deleted atomically and only if it is still that old. Memory use is bounded. Goes on past a context that
     fails, and raises the first error at the end.
     """
-    seconds = min(positive("max_age_hours", max_age_hours, zero=True, unit="hours") * 3600.0, 1e11)
+    age = min(positive("max_age_hours", max_age_hours, zero=True, unit="hours") * 3600.0, 1e11)
+    began = time.monotonic()
     deleted = 0
     failures: list[StateError] = []
     cursor: str | None = ""
     while cursor is not None:
+        seconds = age + (time.monotonic() - began)  # what grows old meanwhile is left to the next cleanup
         page = yield Listing(cursor, user=self.user_id, idle_for=seconds, deadline=self._deadline())
         commits = [self._commit(context_id, None, Delete())._replace(idle_for=seconds) for context_id in page[0]]
         for outcome in (yield Each(list(commits))) if commits else ():

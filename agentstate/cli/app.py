@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import StateConfigError, StateError
-from . import chat, contexts, doctor, exits, setup, skill, transfers, verify
+from . import chat, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
 from .console import fail, help_if_alone, prepare_streams
 from .version import own_version
 
@@ -65,7 +65,7 @@ class _Warnings(logging.Handler):
         fail(f"warning: {record.getMessage()}")
 
 
-for _module in (contexts, transfers, setup, doctor, verify, chat, skill):
+for _module in (contexts, show, stats, transfers, setup, doctor, verify, chat, skill):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -21,7 +21,7 @@ from . import console, exits
 from .doctor_file import look_at_folder
 from .doctor_valkey import advice_on_connecting, look_at_servers
 from .findings import Finding, note, ok, problem, warning
-from .store import Place, chosen_place, store_options_unread, use_config
+from .store import Place, chosen_place, json_option, store_options_unread, use_config
 from .version import own_version
 
 _PROBES: Final = 20
@@ -35,7 +35,7 @@ _PROBLEM_MARK: Final = ("✘", "x", "bold red")
 @store_options_unread
 @click.option("--strict", is_flag=True, help="Fail for warnings too.")
 @click.option("--read-only", is_flag=True, help="Write nothing: no conversation is made to try the storage.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
+@json_option
 def doctor(chosen: dict[str, Any], strict: bool, read_only: bool, as_json: bool) -> int:
     """Check that state can be kept: configuration, storage, durability, permissions, speed.
 

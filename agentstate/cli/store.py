@@ -94,6 +94,8 @@ def use_config(config_file: str | None) -> None:
         os.environ[CONFIG_VARIABLE] = config_file
 
 
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
+
 _STORE_OPTIONS: Final = (
     click.option("--storage", metavar="NAME", help="memory, file, valkey, or the name of a third party's storage."),
     click.option("--url", metavar="URL", help="The Valkey server, like valkey://localhost:6379."),

@@ -14,7 +14,7 @@ from ..operations import Snapshot, Window
 from ..storage.base import StateStorage
 from ..transfer import count_contexts, pages_of_ids, read_contexts
 from . import console, exits
-from .store import Place, complete_context_id, store_options
+from .store import Place, complete_context_id, json_option, store_options
 
 _PAGE = 500
 
@@ -31,7 +31,7 @@ class Damage(NamedTuple):
 @click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=complete_context_id)
 @store_options
 @click.option("--repair", is_flag=True, help="Save what is intact of damaged ones; the original is kept beside it.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
+@json_option
 def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> int:
     """Read all conversations, or the given ones, from the first byte to the last, and check them.
 
