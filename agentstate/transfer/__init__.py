@@ -9,8 +9,8 @@ Owner, times, revision, positions and expiry go along. Every context that was wr
 is there already and equal is left alone, so a transfer that was interrupted is simply started again; what is there and
 differs is left alone too, and reported. Memory holds a group of contexts at a time, and of a long history a page.
 
-`pieces` says what a transfer is made of, `stored` reads and writes storages, `archive` writes archives and `archived`
-reads them.
+`pieces` says what a transfer is made of, `stored` reads storages and `target` writes them, `archived` reads archives
+and `archive` writes them; `compare` tells whether two contexts are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..storage.base import StateStorage
 from .archive import Archive
 from .archived import Archived
 from .pieces import Fate, Progress, Report, Result, transfer
-from .stored import Stored, Target, count_contexts, pages_of_ids, perform, read_contexts
+from .stored import Stored, count_contexts, pages_of_ids, perform, read_contexts
+from .target import Target
 
 __all__ = [
     "Fate",

@@ -23,13 +23,15 @@ from ..codec import encode
 from ..errors import StateError
 from ..state import from_microseconds
 from ..storage.base import now_microseconds
+from .compare import Measured, result_of
 from .pieces import PAGE, Changed, Context, Pages, Report, Result, Sink
-from .stored import Measured, result_of
 
 ARCHIVE_VERSION: Final = 1
 
 
 class Archive(Sink):
+    """An archive that is being written."""
+
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self._line(b'{"agentstate_archive":%d,"created_at":%b}' % (ARCHIVE_VERSION, _time_text(now_microseconds())))
