@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentstate import ConversationContext, FileStorage, SyncConversationContext
-from agentstate.storage.filesystem import FileSystem
+from agentstate.storage.file.filesystem import FileSystem
 
 from . import floors
 from .measure import TEXT, Round, Run, benchmark, repeated

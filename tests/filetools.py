@@ -27,7 +27,7 @@ from agentstate.operations import (
     Window,
 )
 from agentstate.storage.base import StateStorage
-from agentstate.storage.filesystem import FileSystem
+from agentstate.storage.file.filesystem import FileSystem
 
 _numbers = itertools.count(1)
 

@@ -36,7 +36,7 @@ from agentstate.operations import (
     Trim,
     Window,
 )
-from agentstate.storage import filesystem, loglayout
+from agentstate.storage.file import filesystem, loglayout
 
 Around = Callable[..., Any]
 

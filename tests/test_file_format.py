@@ -12,7 +12,7 @@ from filetools import Between, append, clear, commit, lines, logs, look, message
 from agentstate import FileStorage
 from agentstate.errors import StateCorruptedError, StateSerializationError
 from agentstate.operations import Append, Increment, Pop, Put, Query, Restore, Space, Trim, Window
-from agentstate.storage.filelog import fields, is_sealed, seed_of
+from agentstate.storage.file.logformat import fields, is_sealed, seed_of
 
 
 def some_conversation(folder: Path, *, messages: int = 3) -> Path:
@@ -115,7 +115,7 @@ def test_lines_of_another_log_or_place_are_not_believed(tmp_path: Path) -> None:
 
 def test_a_log_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "alice.jsonl"
-    from agentstate.storage.filelog import seal_body
+    from agentstate.storage.file.logformat import seal_body
 
     line, _ = seal_body(b'{"agentstate":2,"id":"alice"', seed_of("alice"), 0)
     path.write_bytes(line)

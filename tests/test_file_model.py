@@ -32,8 +32,9 @@ from agentstate.operations import (
     Trim,
     Window,
 )
-from agentstate.storage import logimage, loglayout, loglisting, logreader, memory
+from agentstate.storage import memory
 from agentstate.storage.base import StateStorage
+from agentstate.storage.file import logimage, loglayout, loglisting, logreader
 
 IDS = ("a", "b~", "C ü")
 VALUES = (b"1", b'{"x":[1,2.50,"]"]}', '"ü\\""'.encode(), b"null", b"[]", b"-12", b"{}", b'"' + b"x" * 250 + b'"')

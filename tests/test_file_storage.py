@@ -25,7 +25,7 @@ from agentstate.errors import (
     TurnLostError,
 )
 from agentstate.operations import Append, Create, Increment, Lease, Listing, Page, Pop, Put, Query, Space, Window
-from agentstate.storage import leases, locks, logfile, loglayout
+from agentstate.storage.file import leases, locks, logfile, loglayout
 
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
 
@@ -365,7 +365,7 @@ def test_commit_ids_of_what_is_long_gone_are_forgotten(tmp_path: Path, monkeypat
     assert storage.call(Listing(idle_for=1)) == Page((), None)
     later = time.time_ns() // 1000 + 601_000_000
     monkeypatch.setattr(loglayout, "now_microseconds", lambda: later)
-    monkeypatch.setattr("agentstate.storage.loglisting.now_microseconds", lambda: later)
+    monkeypatch.setattr("agentstate.storage.file.loglisting.now_microseconds", lambda: later)
     assert storage.call(Listing(idle_for=1)) == Page(("alice",), None)
     assert storage.call(clear("alice", idle_for=1)) == b"false"
     assert logs(tmp_path) == set()
@@ -432,7 +432,7 @@ def test_a_lease_ends_by_itself_and_with_the_boot(tmp_path: Path, monkeypatch: p
 
 
 def test_a_listing_comes_in_pages_that_miss_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.storage.folder._NAMES_AT_A_TIME", 7)
+    monkeypatch.setattr("agentstate.storage.file.folder._NAMES_AT_A_TIME", 7)
     storage = FileStorage(tmp_path, fsync="no")
     ids = {f"user:{number}" if number % 3 else f"u{number}" for number in range(40)}
     together(storage, *(append(context_id, 1) for context_id in ids))

@@ -10,7 +10,7 @@ import pytest
 
 from agentstate.errors import StateConfigError
 from agentstate.storage.valkey import ValkeyStorage
-from agentstate.storage.valkey_url import Address, read_url
+from agentstate.storage.valkey.url import Address, read_url
 
 SECRET = "s3cr3t-w0rd"
 

@@ -23,8 +23,8 @@ _LOCAL: Final = ("localhost", "127.0.0.1", "::1", "")
 
 def look_at_servers(storage: StateStorage, options: dict[str, Any]) -> Iterator[Finding]:
     from ..storage.valkey import ValkeyStorage
-    from ..storage.valkey_failures import failure
-    from ..storage.valkey_wire import LostConnectionError, ServerError
+    from ..storage.valkey.failures import failure
+    from ..storage.valkey.wire import LostConnectionError, ServerError
 
     assert isinstance(storage, ValkeyStorage)
     deadline = time.monotonic() + storage.deadline
@@ -63,8 +63,8 @@ _ADVICE: Final = (
 
 
 def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: float) -> Iterator[Finding]:
-    from ..storage.valkey_risks import info_field, risks
-    from ..storage.valkey_wire import command
+    from ..storage.valkey.risks import info_field, risks
+    from ..storage.valkey.wire import command
 
     info = pool.ask(deadline, *(command("INFO", part) for part in ("server", "memory", "replication")))
     server, memory, replication = info
@@ -94,7 +94,7 @@ def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: 
 
 
 def _round_trips(pool: Any, deadline: float) -> Finding:
-    from ..storage.valkey_wire import command
+    from ..storage.valkey.wire import command
 
     seconds = []
     for _ in range(20):
@@ -118,7 +118,7 @@ def _transport(url: str) -> Iterator[Finding]:
 
 
 def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Iterator[Finding]:
-    from ..storage.valkey_risks import info_field
+    from ..storage.valkey.risks import info_field
 
     if info_field(replication, b"role") == b"slave":
         yield problem("server", "it is a replica, and takes no writes", "give the url of the primary")
@@ -131,7 +131,7 @@ def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Ite
 
 
 def _memory(memory: object) -> Iterator[Finding]:
-    from ..storage.valkey_risks import info_field
+    from ..storage.valkey.risks import info_field
 
     used, limit = int(info_field(memory, b"used_memory") or 0), int(info_field(memory, b"maxmemory") or 0)
     if limit and used > 0.9 * limit:
@@ -146,7 +146,7 @@ def _memory(memory: object) -> Iterator[Finding]:
 
 def _keys(pool: Any, prefix: str, deadline: float) -> Iterator[Finding]:
     """Look at keys under the prefix: whose are they?"""
-    from ..storage.valkey_wire import ServerError, command
+    from ..storage.valkey.wire import ServerError, command
 
     space = KeySpace(prefix)
     found: list[bytes] = []

@@ -415,7 +415,7 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("url") is None:
         yield "backend", f"`backend: valkey` needs a url: add the line `url: {URL.example}`"
         return
-    from agentstate.storage.valkey_url import read_url
+    from agentstate.storage.valkey.url import read_url
 
     connection = {name: value for name, value in values.items() if name in KEYS and KEYS[name].connects}
     try:

@@ -25,65 +25,65 @@ class Mutation(NamedTuple):
 
 MUTATIONS: Final = {
     "a commit is not flushed": Mutation(
-        "storage/logfile.py", "            folder.fs.sync(reader.fd)\n", "", "power", 400
+        "storage/file/logfile.py", "            folder.fs.sync(reader.fd)\n", "", "power", 400
     ),
     "the folder is not flushed": Mutation(
-        "storage/folder.py", "        self.fs.sync_folder(self.path)\n", "", "power", 400
+        "storage/file/folder.py", "        self.fs.sync_folder(self.path)\n", "", "power", 400
     ),
     "a new file gets its name before it is flushed": Mutation(
-        "storage/filesystem.py", "            fs.sync(fd)\n", "", "power", 4_000
+        "storage/file/filesystem.py", "            fs.sync(fd)\n", "", "power", 4_000
     ),
     "one temporary name is shared by all files": Mutation(
-        "storage/filesystem.py",
+        "storage/file/filesystem.py",
         "    temporary = path + NEW\n",
         "    temporary = os.path.join(os.path.dirname(path), 'temporary' + NEW)\n",
         "kills",
         200,
     ),
     "after a failed flush the page cache is believed": Mutation(
-        "storage/logfile.py",
+        "storage/file/logfile.py",
         "            self._mark_suspect()\n            self._write_again()\n",
         "            pass\n",
         "power-after-errors",
         3_000,
     ),
     "an error is read as absent": Mutation(
-        "storage/logfile.py",
+        "storage/file/logfile.py",
         "        except FileNotFoundError:\n            self.image = self._load_document()",
         "        except OSError:\n            self.image = self._load_document()",
         "system-errors",
         150,
     ),
     "the checksum is ignored": Mutation(
-        "storage/filelog.py",
+        "storage/file/logformat.py",
         """    return line[-SEAL_SIZE:] == b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)""",
         """    return len(body) > 0""",
         "flipped-bits",
         1_500,
     ),
     "a damaged last newline is taken for a torn end": Mutation(
-        "storage/filelog.py",
+        "storage/file/logformat.py",
         "    return not any(end < len(text) and text[end] != 0 for end in complete)",
         "    return True",
         "flipped-bits",
         1_500,
     ),
     "a torn end is taken for damage": Mutation(
-        "storage/filelog.py",
+        "storage/file/logformat.py",
         "    *lines, fragment = region.split",
         "    return False\n    *lines, fragment = region.split",
         "torn-ends",
         200,
     ),
     "read, modify and write without a lock": Mutation(
-        "storage/locks.py",
+        "storage/file/locks.py",
         "            if not lock_descriptor(self._fd, blocking=False):\n                return False\n",
         "",
         "crowd-files",
         3,
     ),
     "a deadline is overlooked": Mutation(
-        "storage/locks.py",
+        "storage/file/locks.py",
         "            if time.monotonic() + pause >= deadline:\n                raise _timeout(self.path, context_id)\n"
         "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
         "            if time.monotonic() - 3.0 >= deadline:\n                raise _timeout(self.path, context_id)\n"
@@ -107,21 +107,21 @@ MUTATIONS: Final = {
         3,
     ),
     "a retry is blind": Mutation(
-        "storage/valkey.lua",
+        "storage/valkey/script.lua",
         "    local time = call('ZSCORE', commits, commit_id)\n    if not time then\n",
         "    local time\n    if not time then\n",
         "cuts",
         200,
     ),
     "an update is not compared": Mutation(
-        "storage/valkey.lua",
+        "storage/valkey/script.lua",
         "      if (exists and call('HGET', state, args[a])) ~= args[a + 1] then",
         "      if false then",
         "crowd-valkey",
         3,
     ),
     "an unknown outcome is called not done": Mutation(
-        "storage/valkey_log.py",
+        "storage/valkey/loglayout.py",
         "        if index in self.unknown:\n            return self._unknown(index, problem)\n",
         "",
         "cuts",

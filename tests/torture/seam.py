@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from agentstate.storage.filesystem import FileSystem
+from agentstate.storage.file.filesystem import FileSystem
 
 CALLS: Final = (
     "open", "close", "write", "truncate", "stat", "descriptor_stat", "follow", "replace", "unlink", "make_folder",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from ..errors import StateCorruptedError
-from ..keys import document_stem, file_stem
+from ...errors import StateCorruptedError
+from ...keys import document_stem, file_stem
 from .filesystem import READ, unavailable
 from .folder import Folder
 
@@ -48,7 +48,7 @@ def context_of_document(folder: Folder, stem: str) -> str | None:
     try:
         if document_stem(stem) == stem:
             return stem
-        from .document import document_id
+        from ..document import document_id
 
         data = read_document_file(folder, stem, None)
         context_id = None if data is None else document_id(data)

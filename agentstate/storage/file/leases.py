@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from ..operations import Lease
+from ...operations import Lease
 from .filesystem import FILE_MODE, READ, UPDATE, FileSystem
 
 _LARGEST = 4096

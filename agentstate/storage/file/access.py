@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import StateUnavailableError
+from ...errors import StateUnavailableError
 from .folder import LOCKS, Folder
 from .locks import FileLock, StoreLock, StripedLocks
 

@@ -7,8 +7,9 @@ from os.path import commonprefix
 from typing import Any, Final
 from zlib import crc32
 
-from ..operations import ALREADY_APPLIED, REMEMBERED_COMMITS
-from .filelog import (
+from ...operations import ALREADY_APPLIED, REMEMBERED_COMMITS
+from ..resolve import Effects, Image, ReadMessages
+from .logformat import (
     APPEND_LINE,
     SEAL_SIZE,
     Damage,
@@ -24,7 +25,6 @@ from .filelog import (
     text,
     to_ascii,
 )
-from .resolve import Effects, Image, ReadMessages
 
 _RUN_BYTES: Final = 16 * 1024
 """How much of a file one run may span: what has to be read to find one message."""

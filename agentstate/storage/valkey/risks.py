@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .valkey_wire import Connection, command
+from .wire import Connection, command
 
 
 def risks(connection: Connection, *, expiring: bool) -> list[str]:

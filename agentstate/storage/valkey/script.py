@@ -1,6 +1,6 @@
 """The script of the log layout: its text, and operations packed as its arguments.
 
-What each letter means stands in valkey.lua.
+What each letter means stands in script.lua.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pkgutil import get_data
 from typing import Any, Final, NamedTuple
 
-from ..operations import (
+from ...operations import (
     LARGEST_KEPT_ANSWER,
     REMEMBER_CLEARED,
     REMEMBERED_COMMITS,
@@ -29,8 +29,8 @@ from ..operations import (
     Space,
     Trim,
 )
-from .valkey_reads import reads_everything
-from .valkey_wire import bulk, number
+from .reads import reads_everything
+from .wire import bulk, number
 
 ATTEMPT: Final = 10.0
 """Seconds for which an attempt waits for its answer at most."""
@@ -67,7 +67,7 @@ class Conversion(NamedTuple):
 
 def script() -> bytes:
     """The script, with the constants that it shares with Python."""
-    text = get_data(__package__, "valkey.lua")
+    text = get_data(__package__, "script.lua")
     assert text is not None
     constants = {
         b"WINDOW": WINDOW * MICROSECONDS,

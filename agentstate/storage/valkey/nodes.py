@@ -8,10 +8,10 @@ from functools import partial
 from time import monotonic
 from typing import Any, Final
 
-from ..errors import StateConfigError, StateTimeoutError
-from .valkey_risks import info_field
-from .valkey_url import Address, Target
-from .valkey_wire import Connection, LostConnectionError, ServerError, command, open_connection
+from ...errors import StateConfigError, StateTimeoutError
+from .risks import info_field
+from .url import Address, Target
+from .wire import Connection, LostConnectionError, ServerError, command, open_connection
 
 SLOTS: Final = 16384
 

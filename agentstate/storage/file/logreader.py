@@ -11,7 +11,9 @@ from operator import itemgetter
 from typing import Any, Final
 from zlib import crc32
 
-from .filelog import (
+from .filesystem import APPEND, FILE_MODE, READ
+from .folder import Folder
+from .logformat import (
     APPEND_LINE,
     CHECKPOINT_START,
     SEAL_SIZE,
@@ -25,8 +27,6 @@ from .filelog import (
     read_header,
     seed_of,
 )
-from .filesystem import APPEND, FILE_MODE, READ
-from .folder import Folder
 from .logimage import LogImage
 
 _TAIL: Final = 32 * 1024

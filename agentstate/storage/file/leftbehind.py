@@ -10,14 +10,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import StateConflictError
-from ..keys import document_stem
+from ...errors import StateConflictError
+from ...keys import document_stem
 from .documentfile import DOCUMENT, read_document_file
 from .filesystem import unavailable
 from .folder import Folder
 
 if TYPE_CHECKING:
-    from .document import Document
+    from ..document import Document
 
 ADOPTED: Final = ".adopted"
 """What is appended to the name of a document when a log has taken its place."""
@@ -39,7 +39,7 @@ class LeftDocument:
         data = read_document_file(self.folder, self.stem, self.context_id)
         if data is None:
             return None
-        from .document import parse_document  # late: there is seldom a document
+        from ..document import parse_document  # late: there is seldom a document
 
         return parse_document(data, self.context_id), _name(data)
 

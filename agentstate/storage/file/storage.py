@@ -7,16 +7,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import StateConfigError, StateCorruptedError, StateError
-from ..operations import Operation
+from ...errors import StateConfigError, StateCorruptedError, StateError
+from ...operations import Operation
+from ..base import Settle, StateStorage, one_of, positive_integer
 from .access import Access
-from .base import Settle, StateStorage, one_of, positive_integer
 from .filesystem import FileSystem
 from .folder import Folder
 from .loglayout import LogLayout
 
 if TYPE_CHECKING:
-    from .filedocuments import DocumentFiles
+    from .documents import DocumentFiles
     from .logrepair import Problem, Repair
 
 CACHE_BYTES: Final = 32 * 1024 * 1024
@@ -63,7 +63,7 @@ class FileStorage(StateStorage):
         if layout == "log":
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
         else:
-            from .filedocuments import DocumentFiles
+            from .documents import DocumentFiles
 
             self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
 

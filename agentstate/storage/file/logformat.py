@@ -50,8 +50,8 @@ from math import inf
 from typing import Any, Final, TypeAlias
 from zlib import crc32
 
-from ..operations import ALREADY_APPLIED, kept_answer
-from .resolve import Effects, Image
+from ...operations import ALREADY_APPLIED, kept_answer
+from ..resolve import Effects, Image
 
 VERSION: Final = 1
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..errors import StateConflictError, StateError, StateOutcomeUnknownError
-from ..keys import document_stem
-from ..operations import Page
+from ...errors import StateConflictError, StateError, StateOutcomeUnknownError
+from ...keys import document_stem
+from ...operations import Page
+from ..document import DocumentStorage, DocumentUpdate
 from .access import Access
-from .document import DocumentStorage, DocumentUpdate
 from .documentfile import DOCUMENT, context_of_document, is_log_there, read_document_file
 from .filesystem import NEW, unavailable, write_whole
 from .folder import NamePages

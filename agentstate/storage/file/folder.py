@@ -12,7 +12,7 @@ from contextlib import suppress
 from heapq import nsmallest
 from typing import Final
 
-from ..errors import StateUnavailableError
+from ...errors import StateUnavailableError
 from .filesystem import FOLDER, FOLDER_MODE, FileSystem, unavailable
 
 LOCKS: Final = ".locks"

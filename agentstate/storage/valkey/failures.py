@@ -8,8 +8,8 @@ from copy import copy
 from time import monotonic, sleep
 from typing import Final, TypeVar
 
-from ..errors import StateConfigError, StateConflictError, StateError, StateTimeoutError, StateUnavailableError
-from .valkey_wire import LostConnectionError, ServerError
+from ...errors import StateConfigError, StateConflictError, StateError, StateTimeoutError, StateUnavailableError
+from .wire import LostConnectionError, ServerError
 
 T = TypeVar("T")
 

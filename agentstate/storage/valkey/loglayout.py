@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
-from ..errors import (
+from ...errors import (
     StateConflictError,
     StateCorruptedError,
     StateError,
@@ -31,14 +31,14 @@ from ..errors import (
     StateTimeoutError,
     TurnLostError,
 )
-from ..keys import KeySpace
-from ..operations import NEVER, Answer, Commit, Lease, Listing, Operation, Outcome, Page, Query
-from .document import Document, parse_document
-from .resolve import Effects, access_error, added, already_applied, check_owner, resolve
-from .valkey_failures import failure, passes, pauses, repeat
-from .valkey_list import Listed, chosen, scan_page
-from .valkey_nodes import ASKING, Pool, Servers, takes_over
-from .valkey_reads import (
+from ...keys import KeySpace
+from ...operations import NEVER, Answer, Commit, Lease, Listing, Operation, Outcome, Page, Query
+from ..document import Document, parse_document
+from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
+from .failures import failure, passes, pauses, repeat
+from .listing import Listed, chosen, scan_page
+from .nodes import ASKING, Pool, Servers, takes_over
+from .reads import (
     foreign,
     is_plain,
     named,
@@ -49,7 +49,7 @@ from .valkey_reads import (
     snapshot_of,
     torn_history,
 )
-from .valkey_script import (
+from .script import (
     ATTEMPT,
     MICROSECONDS,
     Conversion,
@@ -61,11 +61,11 @@ from .valkey_script import (
     pack_query,
     script,
 )
-from .valkey_url import Address
-from .valkey_wire import Connection, LostConnectionError, ServerError, bulk, command, number
+from .url import Address
+from .wire import Connection, LostConnectionError, ServerError, bulk, command, number
 
 if TYPE_CHECKING:
-    from .base import Settle
+    from ..base import Settle
 
 OnContext: TypeAlias = Commit | Query | Lease | Conversion
 """What the script carries out."""

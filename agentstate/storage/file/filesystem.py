@@ -1,7 +1,7 @@
 """The few calls to the file system through which all of the file backend's data goes.
 
 One thin object, so that a test can put itself in between: fail the nth call, record a trace, cut a write short. Locks
-are the exception (`agentstate.storage.locks`): what they guard is data, they hold none.
+are the exception (`agentstate.storage.file.locks`): what they guard is data, they hold none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
-from ..errors import StateUnavailableError
+from ...errors import StateUnavailableError
 
 _ABSENT_ON_WINDOWS: Final = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")
 _ALWAYS: Final = sum(getattr(os, name, 0) for name in _ABSENT_ON_WINDOWS) | getattr(os, "O_BINARY", 0)

@@ -14,8 +14,8 @@ import time
 from typing import Any, Final
 from zlib import crc32
 
-from ..errors import StateTimeoutError, StateUnavailableError
-from ..operations import NEVER
+from ...errors import StateTimeoutError, StateUnavailableError
+from ...operations import NEVER
 from .filesystem import FILE_MODE, UPDATE, unavailable
 
 STRIPES: Final = 64

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
-from ..keys import KeySpace
-from ..operations import Listing, Page
-from .valkey_nodes import Servers
-from .valkey_wire import Connection, ServerError, command
+from ...keys import KeySpace
+from ...operations import Listing, Page
+from .nodes import Servers
+from .wire import Connection, ServerError, command
 
 _MICROSECONDS: Final = 1_000_000
 

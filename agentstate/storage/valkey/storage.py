@@ -6,16 +6,16 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..errors import StateConfigError, StateError
-from ..keys import KeySpace
-from ..operations import Operation
-from .base import Settle, StateStorage, one_of, positive_integer
-from .valkey_document import ValkeyDocuments
-from .valkey_log import LogLayout
-from .valkey_nodes import Servers
-from .valkey_risks import risks
-from .valkey_url import Address, check_options, read_url
-from .valkey_wire import Connection, ServerError
+from ...errors import StateConfigError, StateError
+from ...keys import KeySpace
+from ...operations import Operation
+from ..base import Settle, StateStorage, one_of, positive_integer
+from .documents import ValkeyDocuments
+from .loglayout import LogLayout
+from .nodes import Servers
+from .risks import risks
+from .url import Address, check_options, read_url
+from .wire import Connection, ServerError
 
 _logger = logging.getLogger("agentstate.storage.valkey")
 

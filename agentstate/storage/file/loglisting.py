@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..errors import StateConflictError, StateCorruptedError, StateError, StateUnavailableError
-from ..operations import Listing, Page
-from .base import check_deadline, now_microseconds
+from ...errors import StateConflictError, StateCorruptedError, StateError, StateUnavailableError
+from ...operations import Listing, Page
+from ..base import check_deadline, now_microseconds
+from ..resolve import Image
 from .documentfile import DOCUMENT, context_of_document, is_log_there
 from .filesystem import NEW, concerns_one_file
 from .folder import NamePages
 from .logfile import SUFFIX, context_of_log, log_file
 from .logimage import LogImage
 from .logreader import LogReader
-from .resolve import Image
 
 if TYPE_CHECKING:
     from .loglayout import LogLayout

@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Final
 
-from ..errors import StateConflictError, StateCorruptedError
-from ..operations import Query, Snapshot
-from .resolve import access_error
-from .valkey_wire import Connection, ServerError, bulk, number
+from ...errors import StateConflictError, StateCorruptedError
+from ...operations import Query, Snapshot
+from ..resolve import access_error
+from .wire import Connection, ServerError, bulk, number
 
 BASE: Final = ("id", "user", "created", "updated", "rev", "start", "end", "exp")
 """The fields of a context's hash that are neither variables nor metadata."""

@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from time import monotonic, sleep
 from typing import Any, Final
 
-from ..errors import StateCorruptedError, StateOutcomeUnknownError, StateTimeoutError
-from ..keys import KeySpace
-from ..operations import NEVER, Page
-from .document import DocumentStorage, DocumentUpdate, document_id
-from .valkey_failures import failure, passes, pauses, repeat
-from .valkey_list import checked, scan_page
-from .valkey_nodes import Servers
-from .valkey_script import ATTEMPT, MICROSECONDS
-from .valkey_wire import Connection, LostConnectionError, ServerError, command
+from ...errors import StateCorruptedError, StateOutcomeUnknownError, StateTimeoutError
+from ...keys import KeySpace
+from ...operations import NEVER, Page
+from ..document import DocumentStorage, DocumentUpdate, document_id
+from .failures import failure, passes, pauses, repeat
+from .listing import checked, scan_page
+from .nodes import Servers
+from .script import ATTEMPT, MICROSECONDS
+from .wire import Connection, LostConnectionError, ServerError, command
 
 _SCRIPT: Final = b"""\
 -- KEYS: the text. ARGV: not_after, 1 if there is a text now, that text, 1 if there is to be one, the new text, when

@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
-from ..operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
+from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
+from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
+from ..base import Settle, check_deadline, now_microseconds
+from ..resolve import check_owner
 from .access import Access
-from .base import Settle, check_deadline, now_microseconds
 from .filesystem import can_sync_all, unavailable
 from .folder import LEASES
 from .leases import Leases
 from .locks import FileLock
 from .logfile import LogFile, LookAgain, WriteFailed, log_file
 from .loglisting import LogListing
-from .resolve import check_owner
 
 if TYPE_CHECKING:
     from .logrepair import Repair

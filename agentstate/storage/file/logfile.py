@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import (
+from ...errors import (
     StateConflictError,
     StateCorruptedError,
     StateError,
@@ -18,15 +18,15 @@ from ..errors import (
     StateSerializationError,
     StateUnavailableError,
 )
-from ..keys import file_stem
-from ..operations import REMEMBER_CLEARED, Answer, Append, Commit, Outcome, Query
-from .filelog import Damage, fields
+from ...keys import file_stem
+from ...operations import REMEMBER_CLEARED, Answer, Append, Commit, Outcome, Query
+from ..resolve import Effects, check_owner, resolve
 from .filesystem import APPEND, CREATE, FILE_MODE, unavailable, write_whole
 from .folder import Folder
 from .leftbehind import LeftDocument
+from .logformat import Damage, fields
 from .logimage import LogImage, whole_log
 from .logreader import HEAD, LogReader
-from .resolve import Effects, check_owner, resolve
 
 if TYPE_CHECKING:
     from .locks import FileLock

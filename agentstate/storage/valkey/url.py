@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from ..errors import StateConfigError
-from ..urls import redact_url
+from ...errors import StateConfigError
+from ...urls import redact_url
 
 _SCHEMES: Final = {
     "valkey": ("server", False),

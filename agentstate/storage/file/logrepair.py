@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-from ..errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError, StateUnavailableError
+from ...errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError, StateUnavailableError
 from .documentfile import DOCUMENT, context_of_document
-from .filelog import Damage, fields, is_sealed, seal_ends
 from .filesystem import concerns_one_file, unavailable, write_whole
 from .folder import Folder, NamePages
 from .leftbehind import LeftDocument
 from .logfile import SUFFIX, LogFile, context_of_log, log_file
+from .logformat import Damage, fields, is_sealed, seal_ends
 from .logimage import LogImage
 from .logreader import LogReader
 
