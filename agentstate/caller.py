@@ -140,6 +140,7 @@ class Caller:
             self.user_id,
             self._fence(context_id),
             deadline=self._deadline(),
+            fresh=commit_id is None,
         )
 
     def _query(self, context_id: str, **what: Any) -> Query:

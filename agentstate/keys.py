@@ -93,7 +93,7 @@ class Keys(NamedTuple):
 
     state: str  # hash (or AgentUp's string): the truth
     history: str  # list of messages
-    commits: str  # sorted set of remembered commit ids
+    commits: str  # list of remembered commit ids
     lease: str  # string: token of the turn
 
 

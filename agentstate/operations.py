@@ -136,6 +136,7 @@ class Commit(NamedTuple):
     expect: tuple[str, bytes | None] | None = None  # this variable has this value (None: is absent), else CHANGED
     answer: Answer = b""  # what a commit without an answering change answers, now and when its id comes again
     deadline: float = NEVER
+    fresh: bool = False  # the id was made for this call: no other commit can have had it before
 
 
 class Window(NamedTuple):

@@ -141,7 +141,7 @@ class TestKeys:
         }  # fmt: skip
         assert (fields[b"v:x"], fields[b"m:y"]) == (b"1", b"[]")
         assert client.lrange(f"{{{key}}}:history", 0, -1) == [HI]
-        assert client.zrange(f"{{{key}}}:commits", 0, -1) == [b"one"]
+        assert client.lrange(f"{{{key}}}:commits", 0, -1) == [b"one"]
         assert len(client.keys(f"*{key_prefix}*")) == 3
 
     def test_the_keys_of_a_prefix_with_a_hash_tag_share_its_slot(
@@ -304,19 +304,25 @@ class TestTimeToLive:
         assert existing(storage, "a").messages == [HO]
 
 
+def make_older(client: valkey.Valkey, key: str) -> None:
+    """Let all remembered commits of a context be twice as old as any copy of them could be."""
+    elements: Any = client.lrange(key, 0, -1)
+    for place, element in enumerate(elements):
+        if element[:1] in b"\n\t":
+            kind, time, rest = element[:1], element[1:17], element[17:]
+            client.lset(key, place, b"%b%016d%b" % (kind, int(time) - 22_000_000, rest))
+
+
 class TestCommits:
-    def test_the_last_commits_are_remembered_and_the_set_stays_small(
+    def test_the_last_commits_are_remembered_and_the_list_stays_small(
         self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str
     ) -> None:
-        window = 11_000_000
+        key = f"{{{key_prefix}a}}:commits"
         for number in range(400):
             commit(storage, "a", Increment("n", b"1"), commit_id=f"n{number}")
-            if number % 50 == 0:  # as if it had been a while ago
-                members: Any = client.zrange(f"{{{key_prefix}a}}:commits", 0, -1, withscores=True)
-                client.zadd(
-                    f"{{{key_prefix}a}}:commits", {name: score - 2 * window for name, score in members}, xx=True
-                )
-        assert client.zcard(f"{{{key_prefix}a}}:commits") <= 6 * REMEMBERED_COMMITS
+            if number % 50 == 0:
+                make_older(client, key)
+        assert client.llen(key) <= 6 * REMEMBERED_COMMITS
         for number in range(400 - REMEMBERED_COMMITS, 400):
             assert commit(storage, "a", Increment("n", b"1"), commit_id=f"n{number}") == b"%d" % (number + 1)
         assert existing(storage, "a").variables == {"n": b"400"}
@@ -328,10 +334,21 @@ class TestCommits:
         for _ in range(200):
             commit(storage, "a", Append((HI,)))
             commit(storage, "a", Delete())
-            for name, score in client.zrange(key, 0, -1, withscores=True):  # type: ignore[union-attr]
-                if name:
-                    client.zadd(key, {name: score - 22_000_000}, xx=True)
-        assert client.zcard(key) <= 2 * REMEMBERED_COMMITS + 4
+            make_older(client, key)
+        assert client.llen(key) <= 4 * REMEMBERED_COMMITS + 4
+
+    def test_commits_without_an_answer_do_not_pile_up_and_a_copy_of_a_recent_one_is_known(
+        self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str
+    ) -> None:
+        key = f"{{{key_prefix}a}}:commits"
+        for number in range(1000):
+            storage.call(Commit("a", (Append((HI,)),), f"n{number}", fresh=True))
+            if number % 50 == 0:
+                make_older(client, key)
+        assert client.llen(key) <= 6 * REMEMBERED_COMMITS
+        for number in range(1000 - REMEMBERED_COMMITS, 1000):
+            commit(storage, "a", Append((HI,)), commit_id=f"n{number}")
+        assert existing(storage, "a").end == 1000
 
     def test_an_answer_is_remembered_and_a_large_one_is_not(self, storage: ValkeyStorage) -> None:
         commit(storage, "a", Append((b'"' + b"x" * 5000 + b'"', HI)))

@@ -18,6 +18,7 @@ import valkey
 from servers import ValkeyServer, wait_until
 
 from agentstate.errors import (
+    StateAccessError,
     StateConflictError,
     StateError,
     StateOutcomeUnknownError,
@@ -36,6 +37,7 @@ from agentstate.operations import (
     Listing,
     Operation,
     Outcome,
+    Own,
     Pop,
     Put,
     Query,
@@ -287,6 +289,7 @@ class TestCutConnections:
             page: Any = storage.call(Listing())
             assert page.context_ids == ("a",)
 
+    @pytest.mark.parametrize("fresh", [False, True])
     @pytest.mark.parametrize(
         ("changes", "answer"), [((Append((HO,)),), b""), ((Increment("n", b"1"),), b"1"), ((Delete(),), b"true")]
     )
@@ -297,12 +300,26 @@ class TestCutConnections:
         direct: ValkeyStorage,
         changes: tuple[Change, ...],
         answer: bytes,
+        fresh: bool,
     ) -> None:
         commit(storage, "a", Append((HI,)))
         proxy.plan = once("hold")
-        assert storage.call(Commit("a", changes, "late")) == answer
+        assert storage.call(Commit("a", changes, "late", fresh=fresh)) == answer
         if answer == b"true":
             commit(direct, "a", Append((HI,)))
+        before = existing(direct, "a")
+        assert proxy.release() == 1
+        assert existing(direct, "a") == before
+
+    @pytest.mark.parametrize("clear", [(Delete(),), (Delete(), Append((HI,)))])
+    def test_a_copy_that_arrives_after_its_context_was_cleared_and_made_anew_does_nothing(
+        self, storage: ValkeyStorage, proxy: CuttingProxy, direct: ValkeyStorage, clear: tuple[Change, ...]
+    ) -> None:
+        commit(storage, "a", Append((HI,)))
+        proxy.plan = once("hold")
+        assert storage.call(Commit("a", (Append((HO,)),), "late", fresh=True)) == b""
+        commit(direct, "a", *clear)
+        commit(direct, "a", put("x", b"1"))
         before = existing(direct, "a")
         assert proxy.release() == 1
         assert existing(direct, "a") == before
@@ -329,6 +346,18 @@ class TestCutConnections:
         commit(direct, "a", Delete())
         assert proxy.release() == 1
         assert direct.call(Query("a")) is None
+
+    def test_a_late_copy_cannot_carry_out_what_was_refused(
+        self, storage: ValkeyStorage, proxy: CuttingProxy, direct: ValkeyStorage
+    ) -> None:
+        commit(storage, "a", Append((HI,)))
+        proxy.plan = once("hold")
+        with pytest.raises(StateAccessError):
+            storage.call(Commit("a", (Append((HO,)),), "late", user="bob", fresh=True))
+        commit(direct, "a", Own("bob"))
+        before = existing(direct, "a")
+        assert proxy.release() == 1
+        assert existing(direct, "a") == before
 
     def test_what_was_never_answered_is_unknown_and_can_be_asked_again(
         self, storage: ValkeyStorage, proxy: CuttingProxy

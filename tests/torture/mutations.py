@@ -108,10 +108,13 @@ MUTATIONS: Final = {
     ),
     "a retry is blind": Mutation(
         "storage/valkey/script.lua",
-        "    local time = call('ZSCORE', commits, commit_id)\n    if not time then\n",
-        "    local time\n    if not time then\n",
+        "    local place = call('LPOS', commits, commit_id, 'RANK', -1)\n    if not place then\n",
+        "    local place\n    if not place then\n",
         "cuts",
         200,
+    ),
+    "a late copy is taken for the first": Mutation(
+        "storage/valkey/script.lua", " and (stored[7] or '~') < now_text", "", "cuts", 200
     ),
     "an update is not compared": Mutation(
         "storage/valkey/script.lua",

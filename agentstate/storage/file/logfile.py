@@ -668,7 +668,7 @@ def context_of_log(folder: Folder, stem: str) -> str | None:
 
 def _appended(commit: Commit, image: LogImage) -> tuple[bytes, ...] | None:
     """The messages of a commit that appends to an existing context, and needs no more rules than that."""
-    _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _ = commit
+    _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _, _ = commit
     change = changes[0]
     if (
         type(change) is Append

@@ -3,9 +3,9 @@
 - state, a hash, is the truth: ``id``, ``user`` (may be empty), ``created`` and ``updated`` (microseconds), ``rev``,
   ``start`` and ``end`` of the history, ``exp`` (microseconds; empty for never), ``v:<variable>``, ``m:<metadata key>``
 - history, a list of the messages; without its hash it is debris
-- commits, a sorted set of remembered commits by time. What belongs to one is a second member of the same time:
-  ``\\n<id>\\n<answer>``, or ``\\t<id>\\t<not_after>`` for one that was refused while a copy of it was on its way. It
-  outlives the context; the member ``""`` then says that it was cleared
+- commits, a list of the ids of remembered commits, oldest first. What belongs to one follows it:
+  ``\\n<time>\\n<answer>``, or ``\\t<time>\\t<not_after>`` for one that was refused while a copy of it was on its
+  way. It outlives the context; a last element ``\\r`` then says that it was cleared
 - lease, a string: the token of who holds the turn, with its time to live
 
 Operations are packed into one call of the script for `GROUP` contexts (in a cluster: for each slot), all sent in one
@@ -13,7 +13,8 @@ go, so that however many operations wait together they cost one round trip. What
 
 **Exactly once.** Every attempt carries a not_after in the server's time, and the script remembers each commit id for
 longer than any of its copies can live. An attempt that was cut off is made again with the same id. Where a repeated
-commit is refused, or changes nothing, a tombstone keeps the earlier copies from contradicting that answer.
+commit is refused, or changes nothing, a tombstone keeps the earlier copies from contradicting that answer. Ids are
+looked up only where they may be known; the hash's ``guard`` says until when copies of repeated commits may arrive.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from .script import (
     MICROSECONDS,
     Conversion,
     Summed,
-    count_conditions,
+    change_at,
     pack_commit,
     pack_conversion,
     pack_lease,
@@ -554,7 +555,7 @@ class _Execution:
 
     def _not_summed(self, index: int, commit: Any, detail: Any) -> Outcome:
         """Numbers that the script does not add: Python does, and the script compares."""
-        place = int(detail[0]) - count_conditions(commit)
+        place = change_at(commit, int(detail[0]))
         increment: Any = cast(Commit, self.given[index]).changes[place]
         total = added(detail[1], increment.by, increment.key, commit.context_id)
         changes = list(commit.changes)

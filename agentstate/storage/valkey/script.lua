@@ -1,7 +1,7 @@
 -- Carries out operations on contexts, each of them as one atomic step. The rules are those of resolve.py.
 --
--- KEYS: of every operation the hash (state), the list (history) and the sorted set of remembered commits; then the lease of
--- those that need it.
+-- KEYS: of every operation the hash (state), the list of messages (history) and the list of remembered commits; then the
+-- lease of those that need it.
 -- ARGV: settings of the call, and then the operations. Of each operation first its shape: three bytes that count its
 -- arguments (big-endian), a letter for its kind, and a letter for each of its parts, whose arguments follow in that
 -- order. Values, messages and names are opaque. The settings are "not_after", or "not_after ttl earlier confirm":
@@ -12,9 +12,15 @@
 -- Answers an array: first this server's time (16 digits) with a code letter for each operation, then an element for
 -- each code that has more to say.
 --
--- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Every function that is made here,
--- and every variable that it catches, costs about as much as a command, and that for each call of the script: so there
--- are few of them, and what most calls do without is made when it is needed (`seldom`).
+-- Remembered commits are a list, oldest first, of their ids. What belongs to one follows it: '\n', its time, '\n', its
+-- answer; or '\t', its time, '\t', and the not_after of a copy that was on its way when the commit was refused. A last
+-- element '\r' says that the context was cleared. Looking an id up means going through the list, so it is done only for
+-- a commit that may be there: one whose id the caller gave, one that was sent before, and any commit of a context for
+-- which such a copy may still be on its way. Until when that may be is the hash's field "guard".
+--
+-- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Every function that is made here, and
+-- every variable that it catches, costs about as much as a command, and that for each call of the script: so what most
+-- calls ask comes first, without any function, and the others are made when they are needed.
 
 local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
 local clock = call('TIME')
@@ -28,11 +34,15 @@ end
 -- A call from the far future was stamped before the clock was set back: its commits would be forgotten too early.
 local late = now > not_after or not_after > now + WINDOW
 local wrote = false -- whether the operation at hand has written something
+local carry_out -- what `general` has made
 
--- What most calls do without.
+-- What is not of the most frequent kind. Makes a function that carries out any operation, and answers as pcall does.
+local function general()
+local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
+local floor, concat = math.floor, table.concat
+
+-- What most commits do without.
 local function seldom()
-  local byte, sub, format, match = string.byte, string.sub, string.format, string.match
-  local floor, concat = math.floor, table.concat
   local make = {}
 
   function make.each_thousand(command, key, items)
@@ -53,49 +63,43 @@ local function seldom()
     if kind ~= 'string' then
       return 'w', { state, kind }
     end
-    if call('EXISTS', history) == 1 or (call('EXISTS', commits) == 1 and not call('ZSCORE', commits, '')) then
+    if call('EXISTS', history) == 1 or (call('LINDEX', commits, -1) or '\r') ~= '\r' then
       return 'y'
     end
     return 'd', { call('GET', state), call('PTTL', state) }
   end
 
-  -- Remembered commits are the members of a sorted set, by time. What belongs to one of them is a second member of the
-  -- same time: '\n', its id, '\n', its answer; or '\t', its id, '\t', and the not_after of a copy that was on its way
-  -- when the commit was refused. The member '' says that the context was cleared.
-  local function companion(commits, commit_id, time)
-    for _, member in ipairs(call('ZRANGEBYSCORE', commits, time, time)) do
-      local kind = sub(member, 1, 1)
-      if (kind == '\n' or kind == '\t') and sub(member, 2, #commit_id + 2) == commit_id .. kind then
-        return kind, sub(member, #commit_id + 3), member
-      end
-    end
-    return '\n', ''
+  -- Says that the context was cleared (or never was).
+  local function mark_cleared(commits)
+    call('RPUSH', commits, '\r')
+    call('PEXPIRE', commits, REMEMBER_CLEARED)
   end
 
-  local function remember(commits, time, commit_id, answer)
-    if answer ~= '' then
-      call('ZADD', commits, time, concat({ '\n', commit_id, '\n', #answer > LARGEST_KEPT and '!' or answer }))
+  local function unmark(commits)
+    if call('LINDEX', commits, -1) == '\r' then
+      call('RPOP', commits)
     end
   end
+
+  make.mark_cleared, make.unmark = mark_cleared, unmark
 
   -- What a commit answers whose id is known; nothing if it may be applied.
   function make.known(commits, commit_id)
-    local time = call('ZSCORE', commits, commit_id)
-    if not time then
+    local place = call('LPOS', commits, commit_id, 'RANK', -1)
+    if not place then
       return
     end
-    local kind, value, member = companion(commits, commit_id, time)
+    local kind, value = match(call('LINDEX', commits, place + 1) or '', '^([\n\t])%d+[\n\t](.*)$')
     if kind == '\t' then
       if not_after <= tonumber(value) then
         return 'L', value
       end
-      call('ZREM', commits, commit_id, member)
       return
     end
     if confirm then
-      call('ZADD', commits, now_text, '\r')
+      call('LSET', commits, place, commit_id)
     end
-    if value == '' then
+    if not value or value == '' then
       return 'k'
     elseif value == '!' then
       return 'A'
@@ -103,8 +107,8 @@ local function seldom()
     return 'a', value
   end
 
-  -- The outcome of a commit that changes nothing: unless it did before.
-  function make.unchanged(exists, k, commit_id, code, detail)
+  -- The outcome of a commit that changes nothing: unless it did before. `state`: the hash, if there is one.
+  function make.unchanged(state, k, commit_id, code, detail)
     local commits = keys[k + 2]
     local before, answer = make.known(commits, commit_id)
     if before then
@@ -112,10 +116,14 @@ local function seldom()
     end
     if earlier > 0 and code ~= 'L' then
       -- The copy that was sent earlier may still arrive, and would contradict this answer.
-      call('ZADD', commits, now_text, commit_id, now_text, format('\t%s\t%016.0f', commit_id, earlier))
-      if not exists then
-        call('ZADD', commits, 'inf', '')
-        call('PEXPIRE', commits, REMEMBER_CLEARED)
+      unmark(commits)
+      call('RPUSH', commits, commit_id, format('\t%s\t%016.0f', now_text, earlier))
+      if state then
+        if (tonumber(call('HGET', state, 'guard')) or 0) < earlier then
+          call('HSET', state, 'guard', format('%.0f', earlier))
+        end
+      else
+        mark_cleared(commits)
       end
     end
     return code, detail
@@ -123,12 +131,21 @@ local function seldom()
 
   -- Forgets the commits that are neither among the last ones nor could still arrive a second time.
   function make.forget(commits)
-    local most = call('ZCARD', commits) - 2 * REMEMBERED
-    if most > 0 then
-      local old = math.min(most, call('ZCOUNT', commits, '-inf', format('(%.0f', now - WINDOW)))
-      if old > 0 then
-        call('ZREMRANGEBYRANK', commits, 0, old - 1)
+    local spare = call('LLEN', commits) - 2 * REMEMBERED -- each id has at most one element that belongs to it
+    while spare > 0 do
+      local oldest, old = call('LRANGE', commits, 0, math.min(spare, 2 * REMEMBERED) - 1), 0
+      for i = #oldest, 1, -1 do
+        local time = tonumber(match(oldest[i], '^[\n\t](%d+)') or '')
+        if time and time < now - WINDOW then
+          old = i -- and so are those before it
+          break
+        end
       end
+      if old == 0 then
+        return
+      end
+      call('LTRIM', commits, old, -1)
+      spare = spare - old
     end
   end
 
@@ -191,11 +208,11 @@ local function seldom()
     local document, answer = args[a + 2], args[a + 3]
     a = a + 4
     if late then
-      return make.unchanged(true, k, commit_id, 'L', '')
+      return make.unchanged(nil, k, commit_id, 'L', '')
     end
     if byte(shape, 5) == 102 then
       if call('GET', keys[k + 3]) ~= args[a] then
-        return make.unchanged(true, k, commit_id, 'l')
+        return make.unchanged(nil, k, commit_id, 'l')
       end
       a = a + 1
     end
@@ -210,22 +227,21 @@ local function seldom()
     local remaining = call('PTTL', state)
     local messages = a + count + 1
     local remembered = messages + tonumber(args[messages]) + 1
-    local before = tonumber(args[remembered])
-    call('ZADD', commits, now_text, commit_id)
-    wrote = true
-    remember(commits, now_text, commit_id, answer)
-    for i = remembered + 1, remembered + before, 2 do
-      local time = format('%.0f', now - before + i - remembered)
-      call('ZADD', commits, time, args[i])
-      remember(commits, time, args[i], args[i + 1])
+    unmark(commits)
+    local ids = {}
+    for i = remembered + 1, remembered + tonumber(args[remembered]), 2 do
+      ids[#ids + 1], ids[#ids + 2] = args[i], concat({ '\n', now_text, '\n', args[i + 1] })
     end
+    ids[#ids + 1] = commit_id
+    ids[#ids + 1] = concat({ '\n', now_text, '\n', #answer > LARGEST_KEPT and '!' or answer })
+    call('RPUSH', commits, unpack(ids))
+    wrote = true
     call('UNLINK', state)
     if count == 0 then -- the commit deletes it
-      call('ZADD', commits, 'inf', '')
-      call('PEXPIRE', commits, REMEMBER_CLEARED)
+      mark_cleared(commits)
     else
       local expires = (ttl > 0 and now + ttl) or (remaining > 0 and now + remaining * 1000)
-      local set, fresh = { 'exp', expires and format('%.0f', expires) or '' }, {}
+      local set, fresh = { 'exp', expires and format('%.0f', expires) or '', 'guard', format('%.0f', now + WINDOW) }, {}
       for i = a + 1, a + count do
         set[#set + 1] = args[i]
       end
@@ -234,7 +250,6 @@ local function seldom()
         fresh[#fresh + 1] = args[i]
       end
       make.each_thousand('RPUSH', history, fresh)
-      call('ZREM', commits, '')
       if expires then
         make.expire_at(k, expires)
       else
@@ -291,10 +306,10 @@ local function seldom()
   return make
 end
 
-local rare -- what `seldom` has made
+local rare = nil -- what `seldom` has made
 
 -- A change of a context. Letters of the conditions, which come first:
---   u bound to a user; f inside a turn; n not to exist; w idle for microseconds; e, g a variable has a value, is absent;
+--   q the id was given by the caller; u bound to a user; f inside a turn; n not to exist; w idle for microseconds; e, g a variable has a value, is absent;
 --   r what is answered if no change does
 -- and of the changes, uppercase those that make an absent context exist:
 --   A append a message; B append several; S set a key; M set several; Y, Z replace all variables, all metadata;
@@ -303,7 +318,7 @@ local rare -- what `seldom` has made
 local function commit(shape, a, k)
   local state, history, commits, id, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a], args[a + 1]
   a = a + 2
-  local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'start', 'end', 'user', 'exp')
+  local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'start', 'end', 'user', 'exp', 'guard')
   if stored.err then
     rare = rare or seldom()
     return rare.strange(stored, k)
@@ -314,16 +329,19 @@ local function commit(shape, a, k)
   elseif not exists and call('EXISTS', state) == 1 then
     return 'w', { state, 'hash' } -- somebody else's: ours has an id
   end
+  local hash = exists and state
   if late then
     rare = rare or seldom()
-    return rare.unchanged(exists, k, commit_id, 'L', '')
+    return rare.unchanged(hash, k, commit_id, 'L', '')
   end
 
-  local user, updated, revision, start, keep, expires = '', 0, 0, 0, 0, ''
+  local user, updated, revision, start, keep, expires, guard = '', 0, 0, 0, 0, '', 0
   if exists then
     updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
-    user, expires = stored[6], stored[7]
+    user, expires, guard = stored[6], stored[7], tonumber(stored[8]) or 0
   end
+  -- Whether the id may be among those remembered.
+  local repeated = not exists or earlier > 0 or now <= guard
   local first, last, owner = start, keep, user -- as stored
   local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
   local fresh, n -- messages to append: the table of several, the one, or none
@@ -333,7 +351,7 @@ local function commit(shape, a, k)
   local pending, no_variables, no_metadata = nil, not exists, not exists
 
   for j = 5, #shape do
-    local part = string.byte(shape, j)
+    local part = byte(shape, j)
     if part < 97 then
       if not present then
         present, user, created, touched = true, bound, true, true
@@ -357,7 +375,7 @@ local function commit(shape, a, k)
       bound = args[a]
       if exists and user ~= bound then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'o')
+        return rare.unchanged(hash, k, commit_id, 'o')
       end
       a = a + 1
     elseif part == 116 then -- t
@@ -377,7 +395,7 @@ local function commit(shape, a, k)
     elseif part == 102 then -- f
       if call('GET', keys[k + 3]) ~= args[a] then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'l')
+        return rare.unchanged(hash, k, commit_id, 'l')
       end
       a = a + 1
     elseif part == 73 or part == 74 or part == 100 then -- I, J, d
@@ -386,7 +404,7 @@ local function commit(shape, a, k)
       local current = pending[field]
       if current == nil then
         local hidden = no_metadata
-        if string.byte(field) == 118 then
+        if byte(field) == 118 then
           hidden = no_variables
         end
         current = not hidden and call('HGET', state, field)
@@ -403,8 +421,8 @@ local function commit(shape, a, k)
         local total
         if part == 73 then
           local before, by = current or '0', args[a + 1]
-          if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
-            total = string.format('%.0f', before + by)
+          if #before < 15 and #by < 15 and find(before, '^-?%d+$') and find(by, '^-?%d+$') then
+            total = format('%.0f', before + by)
           else
             rare = rare or seldom()
             total = rare.sum(before, by)
@@ -416,7 +434,7 @@ local function commit(shape, a, k)
         end
         if not total then
           rare = rare or seldom()
-          return rare.unchanged(exists, k, commit_id, 'u', { j - 5, current })
+          return rare.unchanged(hash, k, commit_id, 'u', { j - 5, current })
         end
         pending[field], answer = total, total
       end
@@ -463,7 +481,7 @@ local function commit(shape, a, k)
         fresh[i] = nil
       end
       n = stays
-      answer = '[' .. table.concat(popped, ',') .. ']'
+      answer = '[' .. concat(popped, ',') .. ']'
       a = a + 1
     elseif part == 120 then -- x
       touched = touched or present
@@ -475,7 +493,7 @@ local function commit(shape, a, k)
       if user ~= args[a] then
         if user ~= '' then
           rare = rare or seldom()
-          return rare.unchanged(exists, k, commit_id, 'o')
+          return rare.unchanged(hash, k, commit_id, 'o')
         end
         user, touched = args[a], true
       end
@@ -494,48 +512,45 @@ local function commit(shape, a, k)
     elseif part == 110 then -- n
       if exists then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'x')
+        return rare.unchanged(hash, k, commit_id, 'x')
       end
     elseif part == 119 then -- w
       if not exists or math.min(updated, now) > now - tonumber(args[a]) then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'a', 'false')
+        return rare.unchanged(hash, k, commit_id, 'a', 'false')
       end
       a = a + 1
     elseif part == 101 then -- e
       if (exists and call('HGET', state, args[a])) ~= args[a + 1] then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'a', '?')
+        return rare.unchanged(hash, k, commit_id, 'a', '?')
       end
       a = a + 2
     elseif part == 103 then -- g
       if exists and call('HEXISTS', state, args[a]) == 1 then
         rare = rare or seldom()
-        return rare.unchanged(exists, k, commit_id, 'a', '?')
+        return rare.unchanged(hash, k, commit_id, 'a', '?')
       end
       a = a + 1
     elseif part == 114 then -- r
       answer = args[a]
       a = a + 1
+    elseif part == 113 then -- q
+      repeated = true
     end
   end
   if not touched then
     rare = rare or seldom()
     if answer == '' then
-      return rare.unchanged(exists, k, commit_id, 'k')
+      return rare.unchanged(hash, k, commit_id, 'k')
     end
-    return rare.unchanged(exists, k, commit_id, 'a', answer)
+    return rare.unchanged(hash, k, commit_id, 'a', answer)
   end
 
-  -- `updated` never goes backwards, and the times of a context's commits are their order: no two are the same.
-  local time, stamp = now_text, now_text
+  -- `updated` never goes backwards.
+  local time = now_text
   if updated >= now then
-    time = string.format('%016.0f', updated + 1)
-    stamp = updated < now + WINDOW and time or now_text -- a restored context may come from the future
-  end
-  local companion
-  if answer ~= '' then
-    companion = table.concat({ '\n', commit_id, '\n', #answer > LARGEST_KEPT and '!' or answer })
+    time = format('%016.0f', updated + 1)
   end
 
   -- What could fail comes before the first write, or is the first write.
@@ -550,44 +565,38 @@ local function commit(shape, a, k)
   elseif (start > first or keep < last) and call('LLEN', history) ~= last - first then
     return 'b'
   end
-  if deletes and exists then
-    -- Deleting first: it needs no memory, and a script that has written is not refused any.
+  if repeated then
     rare = rare or seldom()
     local code, detail = rare.known(commits, commit_id)
     if code then
       return code, detail
     end
+  end
+  if created then
+    -- A copy of a commit of the context that was here before may be on its way.
+    guard = call('EXISTS', commits) == 1 and now + WINDOW or 0
+  end
+  if not exists then
+    rare = rare or seldom()
+    rare.unmark(commits)
+  elseif deletes then
+    call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any
     wrote = true
-    call('UNLINK', state, history)
-    call('ZADD', commits, stamp, commit_id, stamp, companion or commit_id)
+  end
+  revision = revision + 1
+  if answer ~= '' or revision % REMEMBERED == 0 then -- now and then one with its time, for `forget`
+    call('RPUSH', commits, commit_id, concat({ '\n', now_text, '\n', #answer > LARGEST_KEPT and '!' or answer }))
   else
-    local missing
-    if companion then
-      missing = 2 - call('ZADD', commits, 'NX', stamp, commit_id, stamp, companion)
-    else
-      missing = 1 - call('ZADD', commits, 'NX', stamp, commit_id)
-    end
-    if missing > 0 then
-      rare = rare or seldom()
-      if companion and call('ZSCORE', commits, companion) == stamp then
-        call('ZREM', commits, companion)
-      end
-      local code, detail = rare.known(commits, commit_id)
-      if code then
-        return code, detail
-      end
-      call('ZADD', commits, stamp, commit_id, stamp, companion or commit_id)
-    end
-    wrote = true
-    if debris then
-      call('UNLINK', history)
-    end
+    call('RPUSH', commits, commit_id)
+  end
+  wrote = true
+  if debris then
+    call('UNLINK', history)
   end
   if not present then
     rare = rare or seldom()
     rare.forget(commits)
-    call('ZADD', commits, 'inf', '') -- says that the context was cleared
-    call('PEXPIRE', commits, REMEMBER_CLEARED)
+    rare.mark_cleared(commits)
     if answer == '' then
       return 'k'
     end
@@ -625,15 +634,14 @@ local function commit(shape, a, k)
       else
         length = 'w'
       end
-      call('ZREM', commits, commit_id, companion or commit_id)
+      call('RPOP', commits, (answer ~= '' or revision % REMEMBERED == 0) and 2 or 1)
       wrote = false
       return length, length == 'w' and { history, call('TYPE', history).ok } or nil
     end
   end
   -- The hash
-  revision = revision + 1
   local stop = keep + n
-  if not created and not pending and not restored and ttl == 0 and expires == ''
+  if not created and not pending and not restored and ttl == 0 and expires == '' and earlier <= guard
     and start == tonumber(stored[4]) and user == owner then
     call('HSET', state, 'updated', time, 'rev', revision, 'end', stop)
   else
@@ -649,12 +657,16 @@ local function commit(shape, a, k)
     local m = 6
     if created then
       set = { 'id', id, 'updated', time, 'rev', revision, 'start', start, 'end', stop, 'user', user,
-        'exp', '', 'created', birth }
-      m = 16
+        'exp', '', 'guard', format('%.0f', math.max(guard, earlier)), 'created', birth }
+      m = 18
     else
       set = { 'updated', time, 'rev', revision, 'end', stop }
       if start ~= tonumber(stored[4]) then
         set[m + 1], set[m + 2] = 'start', start
+        m = m + 2
+      end
+      if earlier > guard then
+        set[m + 1], set[m + 2] = 'guard', format('%.0f', earlier)
         m = m + 2
       end
       if user ~= owner then
@@ -663,7 +675,7 @@ local function commit(shape, a, k)
       end
     end
     if expire then
-      set[m + 1], set[m + 2] = 'exp', string.format('%.0f', expire)
+      set[m + 1], set[m + 2] = 'exp', format('%.0f', expire)
       m = m + 2
     elseif expires ~= '' then
       set[m + 1], set[m + 2] = 'exp', ''
@@ -682,7 +694,7 @@ local function commit(shape, a, k)
       if not renewed and (no_variables or no_metadata) then
         gone = gone or {}
         for _, field in ipairs(call('HKEYS', state)) do
-          local letter, colon = string.byte(field, 1, 2)
+          local letter, colon = byte(field, 1, 2)
           if colon == 58 and pending[field] == nil
             and ((letter == 118 and no_variables) or (letter == 109 and no_metadata)) then
             gone[#gone + 1] = field
@@ -699,9 +711,6 @@ local function commit(shape, a, k)
     if gone then
       rare = rare or seldom()
       rare.each_thousand('HDEL', state, gone)
-    end
-    if created then
-      call('ZREM', commits, '')
     end
     if expire then
       rare = rare or seldom()
@@ -731,7 +740,7 @@ local function query(shape, a, k)
   local stored, bound, window
   local everything = {}
   for j = 5, #shape do
-    local part = string.byte(shape, j)
+    local part = byte(shape, j)
     if part == 117 then
       bound = args[a]
       a = a + 1
@@ -782,37 +791,28 @@ local function query(shape, a, k)
     if position < last then
       messages = call('LRANGE', history, position - start, last - start - 1)
     end
-    first = string.format('%.0f', position)
+    first = format('%.0f', position)
   end
   return 'S', { stored, first, messages, everything or call('HGETALL', state) }
 end
 
--- The most frequent operation, a message for a context that exists, without the costs of the general case (it takes
--- two thirds of the time). Where anything is unusual it leaves no trace, and the general case decides.
-local function append(a, k)
-  local stored = attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp')
-  if stored[1] ~= args[a] or stored[6] ~= '' then
-    return
+return function(kind, shape, a, k)
+  if kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
+    return pcall(commit, shape, a, k)
+  elseif kind == 81 then -- Q
+    return pcall(query, shape, a, k)
+  elseif kind == 0 then -- a commit that failed with this problem
+    rare = rare or seldom()
+    return true, rare.refused(keys[k + 2], args[a + 1], shape)
   end
-  local updated, revision, start = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4])
-  local stop = tonumber(stored[5])
-  if not (updated and revision and start and stop) or updated >= now or (revision + 1) % REMEMBERED == 0
-    or attempt('ZADD', keys[k + 2], 'NX', now_text, args[a + 1]) ~= 1 then
-    return
-  end
-  local length = attempt('RPUSH', keys[k + 1], args[a + 2])
-  if length == stop - start + 1 then
-    call('HSET', keys[k], 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
-    return 'k'
-  end
-  if type(length) == 'number' then
-    call('RPOP', keys[k + 1])
-  end
-  call('ZREM', keys[k + 2], args[a + 1])
+  rare = rare or seldom() -- L: a lease; D, G: a conversion, G needs the lease
+  return pcall(kind == 76 and rare.lease or rare.convert, shape, a, k)
+end
 end
 
 local codes, results, m = {}, { '' }, 1
 local a, k, i, last = 2, 1, 0, #args
+local usual = not late and earlier == 0
 local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
 while a <= last do
   local shape = args[a]
@@ -821,24 +821,84 @@ while a <= last do
   wrote = false
   if unfinished and unfinished[keys[k]] then
     code = 'z'
-  elseif shape == '\0\0\3CA' and not late and ttl == 0 then
-    code = append(a + 1, k)
+  elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
+    -- The most frequent operation: messages for a context that exists, and keys set, without the costs of the general
+    -- case. Where anything is unusual it leaves no trace, and the general case decides.
+    local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
+    local revision, start, stop = tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
+    if stored[1] == args[a + 1] and revision and start and stop and (stored[2] or '~') < now_text and (stored[7] or '~') < now_text
+      and (revision + 1) % REMEMBERED ~= 0 and (ttl > 0 or stored[6] == '')
+      and type(attempt('RPUSH', keys[k + 2], args[a + 2])) == 'number' then
+      local parts, n, length = #shape, 0, nil
+      if parts == 5 then
+        if shape == '\0\0\3CA' then
+          n, length = 1, attempt('RPUSH', keys[k + 1], args[a + 3])
+        end
+      else
+        local fresh, j = {}, a + 3
+        for part = 5, parts do
+          if string.byte(shape, part) == 65 then
+            n = n + 1
+            fresh[n] = args[j]
+            j = j + 1
+          else
+            j = j + 2
+          end
+        end
+        if n > 0 then
+          length = attempt('RPUSH', keys[k + 1], unpack(fresh))
+        end
+      end
+      if n > 0 and length ~= stop - start + n then
+        call('RPOP', keys[k + 2])
+        if type(length) == 'number' then
+          call('RPOP', keys[k + 1], n)
+        end
+      else
+        code = 'k'
+        if parts == 5 and ttl == 0 then
+          if n == 1 then
+            call('HSET', state, 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
+          else
+            call('HSET', state, 'updated', now_text, 'rev', revision + 1, args[a + 3], args[a + 4])
+          end
+        else
+          local set, size, j = { 'updated', now_text, 'rev', revision + 1, 'end', stop + n }, 6, a + 3
+          for part = 5, parts do
+            if string.byte(shape, part) == 65 then
+              j = j + 1
+            else
+              set[size + 1], set[size + 2] = args[j], args[j + 1]
+              size, j = size + 2, j + 2
+            end
+          end
+          if ttl > 0 then
+            set[size + 1], set[size + 2] = 'exp', string.format('%.0f', now + ttl)
+          end
+          call('HSET', state, unpack(set))
+          if ttl > 0 then
+            local expire = math.floor((now + ttl + 999) / 1000)
+            call('PEXPIREAT', state, expire)
+            call('PEXPIREAT', keys[k + 1], expire)
+            call('PEXPIREAT', keys[k + 2], math.max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
+          end
+        end
+      end
+    end
   end
-  if code then -- that was it
-  elseif kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
-    fine, code, detail = pcall(commit, shape, a + 1, k)
-  elseif kind == 81 then -- Q
-    fine, code, detail = pcall(query, shape, a + 1, k)
-  else -- L: a lease; D, G: a conversion, G needs the lease
-    rare = rare or seldom()
-    fine, code, detail = pcall(kind == 76 and rare.lease or rare.convert, shape, a + 1, k)
-  end
-  if not fine then
-    detail = type(code) == 'table' and code.err or tostring(code)
-    code = wrote and 'E' or 'e'
-    if not wrote and (kind == 67 or kind == 70) then
-      rare = rare or seldom()
-      code, detail = rare.refused(keys[k + 2], args[a + 2], detail)
+  if not code then
+    carry_out = carry_out or general()
+    fine, code, detail = carry_out(kind, shape, a + 1, k)
+    if not fine then
+      detail = type(code) == 'table' and code.err or tostring(code)
+      code = wrote and 'E' or 'e'
+      if not wrote and (kind == 67 or kind == 70) then
+        fine, code, detail = carry_out(0, detail, a + 1, k)
+      end
+    end
+    if string.find('deLuz', code, 1, true) then
+      unfinished = unfinished or {}
+      unfinished[keys[k]] = true
     end
   end
   i = i + 1
@@ -846,10 +906,6 @@ while a <= last do
   if detail then
     m = m + 1
     results[m] = detail
-  end
-  if code ~= 'k' and string.find('deLuz', code, 1, true) then
-    unfinished = unfinished or {}
-    unfinished[keys[k]] = true
   end
   a = a + 1 + high * 65536 + middle * 256 + low
   k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)

@@ -42,6 +42,11 @@ MICROSECONDS: Final = 1_000_000
 
 _EMPTY: Final = bulk(b"")
 
+_UNCONDITIONED: Final = (None, None, False, None, None)
+
+_SPELLED_OUT: Final = 50
+"""Messages or keys of one change that get a letter each: the script's short way knows no counts."""
+
 
 class Summed(NamedTuple):
     """An `Increment` whose sum was computed here: from `before` (None: absent), otherwise it has to be done again."""
@@ -80,17 +85,17 @@ def script() -> bytes:
 
 def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a commit, and say how many they are. `context_id` is packed already."""
-    _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _ = commit
-    if len(changes) == 1 and user is None and fence is None and not absent and idle_for is None and expect is None:
+    changes, commit_id = commit.changes, commit.commit_id
+    if commit.fresh and len(changes) == 1 and commit[3:8] == _UNCONDITIONED and not commit.answer:
         change = changes[0]
-        if type(change) is Append and len(change.messages) == 1 and not answer:  # by far the most frequent one
+        if type(change) is Append and len(change.messages) == 1:  # by far the most frequent one
             message = change.messages[0]
             arguments.append(
                 b"$5\r\n\0\0\3CA\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n"
                 % (context_id, len(commit_id), commit_id.encode(), len(message), message)
             )
             return 4
-    shape = bytearray(b"C" if fence is None else b"F")
+    shape = bytearray(b"C" if commit.fence is None else b"F")
     parts = [context_id, bulk(commit_id.encode())]
     _pack_conditions(commit, shape, parts)
     for change in changes:
@@ -98,14 +103,20 @@ def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> in
     return _finish(shape, parts, arguments)
 
 
-def count_conditions(commit: Commit) -> int:
-    """How many letters of the packed commit stand before those of its changes."""
+def change_at(commit: Commit, place: int) -> int:
+    """Which of a commit's changes the letter at `place` in its shape belongs to."""
     shape = bytearray()
     _pack_conditions(commit, shape, [])
-    return len(shape)
+    for index, change in enumerate(commit.changes):
+        _PACKERS[type(change)](change, shape, [])
+        if place < len(shape):
+            return index
+    raise IndexError(place)
 
 
 def _pack_conditions(commit: Commit, shape: bytearray, parts: list[bytes]) -> None:
+    if not commit.fresh:
+        shape += b"q"
     if commit.user is not None:
         shape += b"u"
         parts.append(bulk(commit.user.encode()))
@@ -218,8 +229,8 @@ def _pack_own(change: Own, shape: bytearray, parts: list[bytes]) -> None:
 
 
 def _pack_append(change: Append, shape: bytearray, parts: list[bytes]) -> None:
-    if len(change.messages) == 1:
-        shape += b"A"
+    if len(change.messages) <= _SPELLED_OUT:
+        shape += b"A" * len(change.messages)
     else:
         shape += b"B"
         parts.append(number(len(change.messages)))
@@ -229,8 +240,8 @@ def _pack_append(change: Append, shape: bytearray, parts: list[bytes]) -> None:
 def _pack_put(change: Put, shape: bytearray, parts: list[bytes]) -> None:
     if change.replace:
         shape += b"Y" if change.space is Space.VARIABLES else b"Z"
-    elif len(change.items) == 1:
-        shape += b"S"
+    elif 0 < len(change.items) <= _SPELLED_OUT:
+        shape += b"S" * len(change.items)
     else:
         shape += b"M"
     if shape[-1:] != b"S":
