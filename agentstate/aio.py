@@ -213,26 +213,22 @@ def _raised(outcome: Outcome | StateError) -> Outcome:
 class _Wait(Job):
     """A job that a task of an event loop waits for."""
 
-    __slots__ = ("finished", "future", "port")
+    __slots__ = ("future", "port")
 
     def __init__(self, operations: tuple[Any, ...], port: _Port, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(operations)
         self.port = port
-        self.finished = False
-        self.future: asyncio.Future[None] = loop.create_future()
+        self.future: asyncio.Future[None] | None = loop.create_future()  # None when the job has ended
 
     def done(self) -> None:
-        self.port.deliver(self)
-
-    def end(self) -> None:
-        """Called by the event loop, as everything else here."""
-        self.finished = True
-        if not self.future.done():
-            self.future.set_result(None)
+        port = self.port
+        port.inbox.append(self)
+        if not port.woken:
+            port.wake()
 
     async def outlast(self, loop: asyncio.AbstractEventLoop) -> Outcomes:
         """Wait on, however often this task is cancelled. The deadlines of the operations bound the wait."""
-        while not self.finished:
+        while self.future is not None:
             self.future = loop.create_future()
             try:
                 await self.future
@@ -245,46 +241,60 @@ class _Port:
     """One event loop's two mailboxes: jobs on their way to the dispatchers, and finished ones on their way back."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._outbox: list[tuple[Dispatcher, Job]] = []
-        self._inbox: deque[_Wait] = deque()
-        self._woken = False
+        self.loop = weakref.ref(loop)
+        self.inbox: deque[_Wait] = deque()
+        self.woken = False
+        self._outbox: dict[Dispatcher, list[Job]] = {}
 
     def send(self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, job: Job) -> None:
         """Hand a job over at the end of this pass of the loop, together with all others of the pass."""
-        if not self._outbox:
+        outbox = self._outbox
+        jobs = outbox.get(dispatcher)
+        if jobs is not None:
+            jobs.append(job)
+            return
+        if not outbox:
             loop.call_soon(self._send_all)
-        self._outbox.append((dispatcher, job))
+        outbox[dispatcher] = [job]
 
     def _send_all(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        by_dispatcher: dict[Dispatcher, list[Job]] = {}
-        for dispatcher, job in outbox:
-            by_dispatcher.setdefault(dispatcher, []).append(job)
-        for dispatcher, jobs in by_dispatcher.items():
+        outbox, self._outbox = self._outbox, {}
+        for dispatcher, jobs in outbox.items():
             dispatcher.submit_jobs(jobs)
 
-    def deliver(self, job: _Wait) -> None:
-        """Called by worker threads. Wakes the loop once for all jobs that finish while it is busy."""
-        # No lock: the box is emptied after `_woken` is taken down, so a job that was put in before is seen, and one
+    def wake(self) -> None:
+        """Called by worker threads, when `woken` is not set: once for all jobs that finish while the loop is busy."""
+        # No lock: the box is emptied after `woken` is taken down, so a job that was put in before is seen, and one
         # that is put in after wakes the loop again (at worst once too often).
-        self._inbox.append(job)
-        if self._woken:
-            return
-        self._woken = True
-        loop = self._loop()
+        self.woken = True
+        loop = self.loop()
         if loop is not None:
             with suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(self._open_inbox)
 
     def _open_inbox(self) -> None:
-        self._woken = False
-        inbox = self._inbox
+        self.woken = False
+        inbox = self.inbox
         while inbox:
-            inbox.popleft().end()
+            job = inbox.popleft()
+            future, job.future = job.future, None
+            if future is not None and not future.done():
+                future.set_result(None)
 
 
 _ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
+_last_port: _Port | None = None  # most programs have one loop: found without a look into the dictionary
+
+
+def _port_of(loop: asyncio.AbstractEventLoop) -> _Port:
+    global _last_port
+    port = _last_port
+    if port is None or port.loop() is not loop:
+        port = _ports.get(loop)
+        if port is None:
+            port = _ports[loop] = _Port(loop)
+        _last_port = port
+    return port
 
 
 async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outcomes:
@@ -294,10 +304,9 @@ async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outc
         storage.execute(operations, lambda _, outcome: outcomes.append(outcome))
         return outcomes
     loop = asyncio.get_running_loop()
-    port = _ports.get(loop)
-    if port is None:
-        port = _ports[loop] = _Port(loop)
+    port = _port_of(loop)
     job = _Wait(operations, port, loop)
+    assert job.future is not None
     dispatcher = storage.dispatcher
     port.send(loop, dispatcher, job)
     try:

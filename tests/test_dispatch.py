@@ -119,9 +119,7 @@ def test_outcomes_known_early_are_delivered_before_the_group_ends() -> None:
     storage = LastOneWaits()
     storage.groups = 1  # type: ignore[misc]
     done = Collected()
-    with storage.dispatcher._lock:  # so that all of it is one group
-        for name in ("a", "b", "c"):
-            storage.dispatcher._enqueue(_callback((append(name, 0),), done.of(name)))
+    storage.dispatcher.submit_jobs([_callback((append(name, 0),), done.of(name)) for name in ("a", "b", "c")])
     eventually(lambda: len(done) == 2)
     assert [name for name, _ in done.outcomes] == ["a", "b"]
     storage.freed.set()

@@ -48,6 +48,10 @@ class StateStorage(ABC):
     groups: ClassVar[int] = 4
     """How many calls of `execute` are useful at a time; what waits meanwhile is joined into the next one."""
 
+    shares: ClassVar[int] = 1
+    """How many calls of `execute` divide what waits at a time. More than one lets the next be prepared while a server
+    carries out the last; for a disk that is flushed, the larger the group the better."""
+
     def __init__(
         self,
         *,

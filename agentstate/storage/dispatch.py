@@ -9,7 +9,6 @@ much to do, and a lone call waits for nobody.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -35,13 +34,14 @@ IDLE_SECONDS: Final = 10.0
 class Job:
     """Operations on one context, in order. `done` is called once, in some thread, when all have outcomes."""
 
-    __slots__ = ("key", "left", "operations", "outcomes")
+    __slots__ = ("first", "key", "left", "operations", "outcomes")
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         self.operations = operations
         self.left = len(operations)
         self.outcomes: Outcomes = [_PENDING] * self.left
-        self.key = _key(operations)
+        self.key = _key(operations[0])
+        self.first = 0  # where in the group that it is carried out with its operations begin
 
     def done(self) -> None:
         """Tell whoever waits for `outcomes`."""
@@ -61,13 +61,12 @@ class _CallBack(Job):
         self._function(self.outcomes)
 
 
-def _key(operations: Sequence[Operation]) -> str | int:
+def _key(first: Operation) -> str | int:
     """What jobs must share to be carried out one after the other: the context.
 
     A listing belongs to no context, and need not wait for another listing.
     """
-    first = operations[0]
-    return id(first) if isinstance(first, Listing) else first.context_id
+    return id(first) if type(first) is Listing else first.context_id  # type: ignore[union-attr]
 
 
 class Dispatcher:
@@ -78,19 +77,20 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._work_to_do = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
-        self._waiting: dict[str | int, list[Job]] = {}  # jobs that no group has taken yet
-        self._ready: deque[str | int] = deque()  # keys with waiting jobs, none of which is in a group
+        self._queue: list[Job] = []  # jobs that no worker has looked at yet
+        self._held: dict[str | int, list[Job]] = {}  # jobs whose key is busy, which go next when it is free
         self._busy: set[str | int] = set()  # keys with jobs in a group
         self._groups = 0  # how many groups are being executed
+        self._jobs = 0  # how many jobs are in these, if a worker executes them
         self._workers = 0
         self._idle = 0
         self._draining = 0
 
     def perform(self, operations: Sequence[Operation]) -> Outcomes:
         """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
-        key = _key(operations)
+        key = _key(operations[0])
         with self._lock:
-            free = self._groups < self._storage.groups and key not in self._busy and key not in self._waiting
+            free = self._groups < self._storage.groups and not self._queue and key not in self._busy
             if free:
                 self._groups += 1
                 self._busy.add(key)
@@ -98,7 +98,11 @@ class Dispatcher:
             return self._wait_for(operations)
         outcomes: Outcomes = [_PENDING] * len(operations)
         try:
-            self._execute(operations, outcomes, outcomes.__setitem__)
+            self._execute(
+                operations,
+                outcomes.__setitem__,
+                lambda: [index for index, outcome in enumerate(outcomes) if outcome is _PENDING],
+            )
         finally:
             with self._lock:
                 self._free(key)
@@ -126,42 +130,28 @@ class Dispatcher:
     def submit_jobs(self, jobs: Iterable[Job]) -> None:
         """Queue jobs in this order."""
         with self._lock:
-            for job in jobs:
-                self._enqueue(job)
+            self._queue += jobs
+            self._wake_a_worker()
 
     def withdraw(self, job: Job) -> bool:
         """Take a job out of the queue. False if it is being carried out already (or is done)."""
         with self._lock:
-            jobs = self._waiting.get(job.key)
-            if jobs is None or job not in jobs:
-                return False
-            jobs.remove(job)
-            if not jobs:
-                del self._waiting[job.key]
-                if job.key in self._ready:
-                    self._ready.remove(job.key)
-            return True
+            for jobs in (self._queue, self._held.get(job.key, ())):
+                if job in jobs:
+                    jobs.remove(job)  # type: ignore[union-attr]
+                    return True
+            return False
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Wait until nothing is queued or being carried out. False if that took longer than `timeout` seconds."""
         with self._lock:
             self._draining += 1
             try:
-                return self._drained.wait_for(lambda: not self._waiting and not self._busy, timeout)
+                return self._drained.wait_for(lambda: not self._queue and not self._busy, timeout)
             finally:
                 self._draining -= 1
 
     # --- the following are called with the lock held ---
-
-    def _enqueue(self, job: Job) -> None:
-        jobs = self._waiting.get(job.key)
-        if jobs is not None:
-            jobs.append(job)
-            return
-        self._waiting[job.key] = [job]
-        if job.key not in self._busy:
-            self._ready.append(job.key)
-            self._wake_a_worker()
 
     def _wake_a_worker(self) -> None:
         if self._groups >= self._storage.groups:
@@ -173,26 +163,37 @@ class Dispatcher:
             threading.Thread(target=self._work, name="agentstate-worker", daemon=True).start()
 
     def _take_group(self) -> list[Job]:
-        group: list[Job] = []
-        size = 0
-        while self._ready and size < LARGEST_GROUP:
-            key = self._ready.popleft()
-            jobs = self._waiting.pop(key)
-            self._busy.add(key)
-            group.extend(jobs)
-            size += sum(len(job.operations) for job in jobs)
-        self._groups += 1
+        """The jobs to carry out next, none of which has a key that is busy. It may be that there are none."""
+        share = -(-(len(self._queue) + self._jobs) // self._storage.shares)
+        group = self._queue[: min(share, LARGEST_GROUP)]
+        del self._queue[: len(group)]
+        keys = {job.key for job in group}
+        if not self._busy.isdisjoint(keys):
+            free = []
+            for job in group:
+                if job.key in self._busy:
+                    self._held.setdefault(job.key, []).append(job)
+                else:
+                    free.append(job)
+            group = free
+            keys = {job.key for job in group}
+        if group:
+            self._busy |= keys
+            self._groups += 1
+            self._jobs += len(group)
+        if self._queue:
+            self._wake_a_worker()
         return group
 
     def _free(self, key: str | int) -> None:
         self._busy.discard(key)
-        if key in self._waiting:
-            self._ready.append(key)
+        if key in self._held:
+            self._queue[:0] = self._held.pop(key)
             self._wake_a_worker()
 
     def _end_group(self) -> None:
         self._groups -= 1
-        if self._ready:
+        if self._queue:
             self._wake_a_worker()
         elif self._draining and not self._busy:
             self._drained.notify_all()
@@ -203,52 +204,55 @@ class Dispatcher:
         """A worker thread: takes one group after the other."""
         while True:
             with self._lock:
-                while not self._ready or self._groups >= self._storage.groups:
+                while not self._queue or self._groups >= self._storage.groups:
                     self._idle += 1
                     woken = self._work_to_do.wait(IDLE_SECONDS)
                     self._idle -= 1
-                    if not woken and not self._ready:
+                    if not woken and not self._queue:
                         self._workers -= 1
                         return
                 group = self._take_group()
-            try:
-                self._carry_out(group)
-            finally:
-                with self._lock:
-                    self._end_group()
+            if group:
+                try:
+                    self._carry_out(group)
+                finally:
+                    with self._lock:
+                        self._jobs -= len(group)
+                        self._end_group()
 
     def _carry_out(self, group: list[Job]) -> None:
         """Execute a group that was taken; finish its jobs, and free their keys, as their outcomes come."""
         operations: list[Operation] = []
-        jobs: list[Job] = []  # of each operation
-        positions: list[int] = []  # of each operation, in its job
+        owners: list[Job] = []  # of each operation
         unfinished: dict[str | int, int] = {}
         for job in group:
-            unfinished[job.key] = unfinished.get(job.key, 0) + 1
+            job.first = len(operations)
             operations += job.operations
-            for position in range(len(job.operations)):
-                jobs.append(job)
-                positions.append(position)
-        outcomes: Outcomes = [_PENDING] * len(operations)
+            owners += (job,) * job.left
+            unfinished[job.key] = unfinished.get(job.key, 0) + 1
 
         def settle(index: int, outcome: Outcome | StateError) -> None:
-            outcomes[index] = outcome
-            job = jobs[index]
-            job.outcomes[positions[index]] = outcome
+            job = owners[index]
+            job.outcomes[index - job.first] = outcome
             job.left -= 1
             if job.left:
                 return
-            left = unfinished[job.key] = unfinished[job.key] - 1
+            key = job.key
+            left = unfinished[key] = unfinished[key] - 1
             if not left:
                 with self._lock:
-                    self._free(job.key)
+                    self._free(key)
             job.done()
 
-        self._execute(operations, outcomes, settle)
+        def unsettled() -> list[int]:
+            places = [job.first + place for job in group if job.left for place in range(len(job.operations))]
+            return [index for index in places if owners[index].outcomes[index - owners[index].first] is _PENDING]
 
-    def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
+        self._execute(operations, settle, unsettled)
+
+    def _execute(self, operations: Sequence[Operation], settle: Settle, unsettled: Callable[[], Iterable[int]]) -> None:
         """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
-        thread that was lent by its caller. `settle` puts what it is given into `outcomes`."""
+        thread that was lent by its caller."""
         failure: BaseException | None = None
         try:
             self._storage.execute(operations, settle)
@@ -257,10 +261,9 @@ class Dispatcher:
             if not isinstance(error, Exception):
                 raise
         finally:
-            for index, outcome in enumerate(outcomes):
-                if outcome is _PENDING:
-                    failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
-                    settle(index, _abandoned(operations[index], failure))
+            for index in unsettled():
+                failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
+                settle(index, _abandoned(operations[index], failure))
 
 
 class _Unsettled(Exception):

@@ -40,6 +40,8 @@ class ValkeyStorage(StateStorage):
     Times, ttl and cleanup go by the server's clock. Connects at the first operation. Raises StateConfigError.
     """
 
+    shares = 2
+
     def __init__(
         self,
         url: str | None = None,
