@@ -101,9 +101,10 @@ class Image:
         _update(self.metadata, effects.metadata, effects.replaces_metadata)
 
     def remember(self, commit_id: str, answer: Answer) -> None:
-        self.commits[commit_id] = answer
-        if len(self.commits) >= 2 * REMEMBERED_COMMITS:  # in blocks, so that forgetting costs nothing per commit
-            self.commits = dict(list(self.commits.items())[-REMEMBERED_COMMITS:])
+        commits = self.commits
+        commits[commit_id] = answer
+        if len(commits) >= 2 * REMEMBERED_COMMITS:  # in blocks, so that forgetting costs nothing per commit
+            self.commits = dict(list(commits.items())[-REMEMBERED_COMMITS:])
 
     def snapshot(self, query: Query, read: ReadMessages) -> Snapshot:
         """What `query` asks of this (living) context."""
