@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import count
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from . import codec
 from .errors import StateAccessError
@@ -16,7 +16,11 @@ from .keys import check_context_id, check_user_id
 from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim, Window
 
 if TYPE_CHECKING:
+    from typing import NamedTuple
+
     from .storage.base import StateStorage
+else:
+    from .records import NamedTuple
 
 R = TypeVar("R")
 
