@@ -8,15 +8,19 @@ from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import count
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from . import codec
 from .errors import StateAccessError
 from .keys import check_context_id, check_user_id
-from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim
+from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim, Window
 
 if TYPE_CHECKING:
+    from typing import NamedTuple
+
     from .storage.base import StateStorage
+else:
+    from .records import NamedTuple
 
 R = TypeVar("R")
 
@@ -131,20 +135,31 @@ class Caller:
 
     def _commit(self, context_id: str, commit_id: str | None, *changes: Change) -> Commit:
         check_context_id(context_id)
-        if self.storage.max_history is not None and any(type(change) is Append for change in changes):
-            changes = (*changes, Trim(self.storage.max_history))
+        storage = self.storage
+        if storage.max_history is not None and any(type(change) is Append for change in changes):
+            changes = (*changes, Trim(storage.max_history))
         return Commit(
             context_id,
             changes,
             new_commit_id() if commit_id is None else check_commit_id(commit_id),
             self.user_id,
             self._fence(context_id),
-            deadline=self._deadline(),
-            fresh=commit_id is None,
+            False,
+            None,
+            None,
+            b"",
+            time.monotonic() + storage.deadline,
+            commit_id is None,
         )
 
-    def _query(self, context_id: str, **what: Any) -> Query:
-        return Query(check_context_id(context_id), user=self.user_id, deadline=self._deadline(), **what)
+    def _query(
+        self,
+        context_id: str,
+        variables: tuple[str, ...] | None = (),
+        metadata: tuple[str, ...] | None = (),
+        history: Window | None = None,
+    ) -> Query:
+        return Query(check_context_id(context_id), variables, metadata, history, self.user_id, self._deadline())
 
     def _encode(self, value: Any, name: str, context_id: str) -> bytes:
         return codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
@@ -209,7 +224,7 @@ def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
 
 def put(self: Caller, space: Space, context_id: str, key: str, value: Any) -> Put:
     name = codec.key(key, "key", context_id)
-    return Put(space, ((name, self._encode(value, name, context_id)),))
+    return Put(space, ((name, codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)),))
 
 
 def entries(self: Caller, context_id: str, values: Mapping[str, Any], what: str) -> tuple[tuple[str, bytes], ...]:

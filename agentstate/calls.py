@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -52,6 +53,8 @@ from .operations import (
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from .state import ConversationState, Message
 
 P = ParamSpec("P")
@@ -380,29 +383,39 @@ def delete_metadata(self: Caller, /, context_id: str, key: str, *, commit_id: st
 # --- what was read --------------------------------------------------------------------------------------------------
 
 
-def _state(context_id: str, snapshot: Snapshot) -> ConversationState:
+@cache
+def _data() -> tuple[type[ConversationState], Callable[[int], datetime]]:
+    """Imported late: `state` brings dataclasses along, which many scripts do without."""
     from .state import ConversationState, from_microseconds
 
-    return ConversationState(
+    return ConversationState, from_microseconds
+
+
+def _state(context_id: str, snapshot: Snapshot) -> ConversationState:
+    state, time_of = _data()
+    user_id, created, updated, revision, start, _, variables, metadata, _, messages, _ = snapshot
+    values = codec.decode_all([*variables.values(), *metadata.values(), *messages])
+    first = len(variables) + len(metadata)
+    return state(
         context_id,
-        snapshot.user_id,
-        from_microseconds(snapshot.created),
-        from_microseconds(snapshot.updated),
-        _decoded(snapshot.variables),
-        _decoded(snapshot.metadata),
-        _messages(snapshot),
-        snapshot.start,
-        snapshot.revision,
+        user_id,
+        time_of(created),
+        time_of(updated),
+        dict(zip(variables, values, strict=False)),
+        dict(zip(metadata, values[len(variables) : first], strict=True)),
+        values[first:],
+        start,
+        revision,
     )
 
 
 def _messages(snapshot: Snapshot) -> list[Message]:
-    messages: list[Message] = codec.decode(b"[" + b",".join(snapshot.messages) + b"]")
+    messages: list[Message] = codec.decode_all(snapshot.messages)
     return messages
 
 
 def _decoded(texts: dict[str, bytes]) -> dict[str, Any]:
-    return {key: codec.decode(text) for key, text in texts.items()}
+    return dict(zip(texts, codec.decode_all(texts.values()), strict=True)) if texts else {}
 
 
 def _boolean(answer: bytes) -> bool:

@@ -8,12 +8,15 @@ to these types. Everything else is refused with the path of the culprit, before 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import UTC, date, datetime
+import time
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from .errors import StateSerializationError
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 T = TypeVar("T")
 
@@ -27,9 +30,21 @@ MAX_INTEGER_DIGITS: Final = 4300
 """Python's default limit for integers as text (sys.int_info.default_max_str_digits), whatever a process sets."""
 
 _LARGEST_INTEGER: Final = 10**MAX_INTEGER_DIGITS
-_quoted = json.encoder.encode_basestring  # text to JSON text; what the encoder below uses, without its set-up
-_to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
-_from_text = json.JSONDecoder().raw_decode
+
+
+def _encoder() -> Callable[[Any], str]:
+    """What turns plain values into JSON text: what JSONEncoder.encode makes anew for each value, made once."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # a Python without it
+        return json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
+    chunks = make(None, None, _quoted, None, ":", ",", False, False, False)
+    return lambda plain: "".join(chunks(plain, 0))
+
+
+_quoted: Callable[[str], str] = json.encoder.encode_basestring  # text to JSON text
+_to_text = _encoder()
+_decoder: Any = json.JSONDecoder()
+_from_text = _decoder.scan_once
 
 
 class _Refused(Exception):
@@ -46,16 +61,11 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
     Raises StateSerializationError with the path of what cannot be stored, which begins with `name`.
     """
     try:
-        if type(value) is str:
-            plain = value
-            text = _quoted(value).encode()
-        else:
-            plain = _plain(value, 0)
-            text = _to_text(plain).encode()
+        text = _json(value).encode()
     except _Refused as refused:
         raise _refusal(name + refused.path, refused.reason, context_id) from None
     except UnicodeEncodeError:
-        path = name + _path_of_surrogate(plain)
+        path = name + _path_of_surrogate(_plain(value, 0))
         raise _refusal(path, "text with a lone surrogate is not valid Unicode", context_id) from None
     except ValueError as error:  # the process set a lower limit for integers as text
         raise _refusal(name, str(error), context_id) from None
@@ -66,7 +76,13 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
 
 def decode(text: bytes) -> Any:
     """The value of a JSON text that `encode` made: a new copy on every call."""
-    return _from_text(text.decode())[0]
+    return _from_text(text.decode(), 0)[0]
+
+
+def decode_all(texts: Iterable[bytes]) -> list[Any]:
+    """The values of several such texts: at once, which costs hardly more than one."""
+    values: list[Any] = _from_text((b"[" + b",".join(texts) + b"]").decode(), 0)[0]
+    return values
 
 
 def decode_as(cls: type[T], value: Any) -> T:
@@ -102,20 +118,17 @@ def message(
         raise _refusal("role", f"a role is text, not {_type_name(role)}", context_id)
     if metadata is not None and not isinstance(metadata, Mapping):
         raise _refusal("metadata", f"a message's metadata is a mapping, not {_type_name(metadata)}", context_id)
-    time = datetime.now(UTC) if timestamp is None else _time(timestamp, context_id)
-    parts = (
-        b'{"role":',
-        encode(role, "role", context_id=context_id),
-        b',"content":',
-        encode(content, "content", context_id=context_id, limit=limit),
-        b',"timestamp":"',
-        time.isoformat(timespec="microseconds").encode(),
-        b'","metadata":',
-        encode(dict(metadata), "metadata", context_id=context_id, limit=limit) if metadata else b"{}",
-        b"}",
-    )
-    text = b"".join(parts)
-    if len(text) > limit:
+    at = _now() if timestamp is None else _time(timestamp, context_id)
+    more = dict(metadata) if metadata else {}
+    try:
+        said = _json(more) if more else "{}"
+        text = f'{{"role":{_json(role)},"content":{_json(content)},"timestamp":"{at}","metadata":{said}}}'.encode()
+    except (_Refused, ValueError):
+        text = b""
+    if not text or len(text) > limit:
+        encode(role, "role", context_id=context_id)  # raises, if it is the culprit
+        encode(content, "content", context_id=context_id, limit=limit)
+        encode(more, "metadata", context_id=context_id, limit=limit)
         raise _too_large("message", len(text), limit, context_id)
     return text
 
@@ -142,6 +155,8 @@ def message_from_mapping(
 
 def key(name: Any, what: str, context_id: str | None = None) -> str:
     """`name`, if it can be the key of a variable or of metadata: text that is valid Unicode, "" included."""
+    if type(name) is str and name.isascii():
+        return name
     if not isinstance(name, str):
         raise _refusal(what, f"a key is text, not {_type_name(name)}", context_id)
     try:
@@ -151,14 +166,31 @@ def key(name: Any, what: str, context_id: str | None = None) -> str:
     return name if type(name) is str else str.__str__(name)
 
 
-def _time(given: Any, context_id: str | None) -> datetime:
-    """A message's time, in UTC. One without an offset is taken to be in UTC already."""
-    try:
-        from .state import parse_time  # the module brings dataclasses along, which a fresh message does without
+_last_second: tuple[int, str] = (-1, "")
 
-        return parse_time(given.isoformat() if isinstance(given, datetime) else given)
+
+def _now() -> str:
+    """This machine's time, as a message says it. All but the fraction is the same for a second."""
+    global _last_second
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    known, text = _last_second
+    if seconds != known:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        _last_second = seconds, text
+    return f"{text}.{microseconds:06}+00:00"
+
+
+def _time(given: Any, context_id: str | None) -> str:
+    """A given time, in UTC, as a message says it. One without an offset is taken to be in UTC already."""
+    from datetime import datetime  # late, with `state`: a fresh message does without both
+
+    from .state import parse_time
+
+    try:
+        at = parse_time(given.isoformat() if isinstance(given, datetime) else given)
     except (TypeError, ValueError):
         raise _refusal("timestamp", f"{given!r:.60} is no ISO 8601 text and no datetime", context_id) from None
+    return at.isoformat(timespec="microseconds")
 
 
 def _refusal(path: str, reason: str, context_id: str | None) -> StateSerializationError:
@@ -171,6 +203,11 @@ def _too_large(name: str, size: int, limit: int, context_id: str | None) -> Stat
 
 def _type_name(value: Any) -> str:
     return type(value).__name__
+
+
+def _json(value: Any) -> str:
+    """The JSON text of a value. Raises _Refused, and ValueError where the process set a lower limit for integers."""
+    return _quoted(value) if type(value) is str else _to_text(_plain(value, 0))
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -247,7 +284,9 @@ def _converted(value: Any, depth: int) -> Any:
         return _plain_list(list(value), depth)
     if isinstance(value, dict):
         return _plain_dict(dict(value), depth)
-    if isinstance(value, datetime | date):
+    from datetime import date  # late: there is a time among the values only where it is imported already
+
+    if isinstance(value, date):
         return value.isoformat()
     if hasattr(type(value), "__dataclass_fields__"):
         from dataclasses import fields
@@ -295,6 +334,7 @@ def _with_times(annotation: Any, value: Any) -> Any:
     dataclasses-json reads numbers of seconds there, and passes datetime objects through.
     """
     from dataclasses import is_dataclass
+    from datetime import date, datetime
     from typing import get_args, get_origin, get_type_hints
 
     if annotation is datetime and isinstance(value, str):

@@ -16,10 +16,11 @@ from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .calllog import logged
 from .errors import StateError
-from .operations import Outcome
+from .operations import Commit, Outcome, Query
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_ONE_OPERATION = (Commit, Query)
 Call = Callable[Concatenate["SyncConversationContext", P], R]
 
 
@@ -115,11 +116,15 @@ class SyncConversationContext(Caller):
     def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
         steps = logged(steps)
+        storage = self.storage
         try:
             step = next(steps)
             while True:
                 try:
-                    outcome = self._perform(step)
+                    if storage.waits or not isinstance(step, _ONE_OPERATION):
+                        outcome = self._perform(step)
+                    else:
+                        outcome = storage.call(step)
                 except StateError as error:
                     step = steps.throw(error)
                 else:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Final, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import InvalidContextIdError, StateConfigError
 
+if TYPE_CHECKING:
+    from typing import NamedTuple
+else:
+    from .records import NamedTuple
+
 MAX_CONTEXT_ID_BYTES: Final = 1024
 
-_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # Windows opens devices under these names
-_HASHED_NAME = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
-_NOT_SLUG = re.compile(r"[^a-z0-9._-]+")
+
+# Compiled when they are needed, since that takes a tenth of a short script's start: memory needs none of them, files
+# some, Valkey others.
+@cache
+def _pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+_PLAIN_NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
+_DEVICE_NAME = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"  # Windows opens devices under these names
+_HASHED_NAME = r"(?s:.*)~[0-9a-f]{32}"
+_NOT_SLUG = r"[^a-z0-9._-]+"
 _LONGEST_DOCUMENT_STEM = 255 - len(".json.tmp")  # the temporary name that AgentUp writes to first
-_REFUSED_EVERYWHERE = re.compile(r"[\x00/]")
-_REFUSED_BY_WINDOWS = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
-_ESCAPED_IN_KEY = re.compile(r"[{}]|%(?=7B|7D|25)")
+_REFUSED_EVERYWHERE = r"[\x00/]"
+_REFUSED_BY_WINDOWS = r'[\x00-\x1f\x7f/\\:*?"<>|]'
+_ESCAPED_IN_KEY = r"[{}]|%(?=7B|7D|25)"
 _ESCAPES_IN_KEY = {"{": "%7B", "}": "%7D", "%": "%25"}
-_ESCAPE_IN_KEY = re.compile("%(7B|7D|25)")
+_ESCAPE_IN_KEY = "%(7B|7D|25)"
 
 
 def check_context_id(context_id: Any) -> str:
@@ -57,7 +71,7 @@ def check_user_id(user_id: Any) -> str:
 
 def file_stem(context_id: str) -> str:
     """The name, without suffix, of a context's log file; distinct ids get distinct names on every file system."""
-    if _PLAIN_NAME.fullmatch(context_id) and not _DEVICE_NAME.fullmatch(context_id):
+    if _pattern(_PLAIN_NAME).fullmatch(context_id) and not _pattern(_DEVICE_NAME).fullmatch(context_id):
         return context_id
     return _hashed(context_id)
 
@@ -70,9 +84,9 @@ def document_stem(context_id: str, *, windows: bool = os.name == "nt") -> str:
     refused = _REFUSED_BY_WINDOWS if windows else _REFUSED_EVERYWHERE
     if (
         len(context_id.encode()) > _LONGEST_DOCUMENT_STEM
-        or refused.search(context_id)
-        or (windows and _DEVICE_NAME.fullmatch(context_id.lower()))
-        or _HASHED_NAME.fullmatch(context_id)
+        or _pattern(refused).search(context_id)
+        or (windows and _pattern(_DEVICE_NAME).fullmatch(context_id.lower()))
+        or _pattern(_HASHED_NAME).fullmatch(context_id)
     ):
         return _hashed(context_id)
     return context_id
@@ -81,7 +95,7 @@ def document_stem(context_id: str, *, windows: bool = os.name == "nt") -> str:
 def _hashed(context_id: str) -> str:
     from hashlib import sha256  # brings OpenSSL along: 4 ms and 3 MB that plain ids do without
 
-    slug = _NOT_SLUG.sub("-", context_id.lower())[:40].strip(".-") or "id"
+    slug = _pattern(_NOT_SLUG).sub("-", context_id.lower())[:40].strip(".-") or "id"
     return f"{slug}~{sha256(context_id.encode()).hexdigest()[:32]}"
 
 
@@ -112,9 +126,10 @@ class KeySpace:
             )
         self.prefix = prefix
         self._tagged = outside != prefix
+        self._escaped = _pattern(_ESCAPED_IN_KEY)
 
     def keys(self, context_id: str) -> Keys:
-        key = self.prefix + _ESCAPED_IN_KEY.sub(lambda match: _ESCAPES_IN_KEY[match[0]], context_id)
+        key = self.prefix + self._escaped.sub(lambda match: _ESCAPES_IN_KEY[match[0]], context_id)
         # Ids have their braces escaped, so neither form can be the state key of any context.
         if self._tagged:
             return Keys(key, key + "{history}", key + "{commits}", key + "{lease}")
@@ -123,7 +138,7 @@ class KeySpace:
 
     def context_id(self, key: str) -> str:
         """The id whose state key `key` would be (its inverse for every key that `keys` gives)."""
-        return _ESCAPE_IN_KEY.sub(lambda match: chr(int(match[1], 16)), key[len(self.prefix) :])
+        return _pattern(_ESCAPE_IN_KEY).sub(lambda match: chr(int(match[1], 16)), key[len(self.prefix) :])
 
     def pattern(self) -> str:
         """The glob pattern for SCAN of all state keys."""

@@ -87,4 +87,4 @@ def to_microseconds(time: datetime) -> int:
 
 def from_microseconds(microseconds: int) -> datetime:
     """The aware datetime in UTC of so many microseconds since 1970, exactly."""
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return _EPOCH + timedelta(0, 0, microseconds)

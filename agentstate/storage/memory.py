@@ -12,17 +12,21 @@ from ..errors import StateError
 from ..operations import (
     REMEMBER_CLEARED,
     REMEMBERED_COMMITS,
+    Append,
     Commit,
     Lease,
     Listing,
     Operation,
     Outcome,
     Page,
+    Put,
     Query,
     Snapshot,
+    Space,
+    kept_answer,
 )
 from .base import Settle, StateStorage, check_deadline, now_microseconds
-from .resolve import Effects, Image, check_owner, resolve
+from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve
 
 
 class _Context(Image):
@@ -37,6 +41,23 @@ class _Context(Image):
 
     def read(self, first: int, stop: int) -> list[bytes]:
         return self.messages[first - self.start : stop - self.start]
+
+    def add(self, commit: Commit, now: int, ttl: float | None) -> None:
+        """Become what the context is after a commit that `only_adds`.
+
+        Nearly all commits do: this is what `resolve` and `apply` make of them, in a third of the time.
+        """
+        for change in commit.changes:
+            if isinstance(change, Append):
+                self.messages += change.messages
+                self.end = self.start + len(self.messages)
+            elif isinstance(change, Put):
+                (self.variables if change.space is Space.VARIABLES else self.metadata).update(change.items)
+        self.revision += 1
+        if now > self.updated:
+            self.updated = now
+        self.expires = expiry(now, ttl)
+        self.remember(commit.commit_id, kept_answer(commit.answer))
 
     def apply(self, effects: Effects) -> None:
         if effects.deletes:
@@ -68,13 +89,22 @@ class InMemoryStorage(StateStorage):
         for index, operation in enumerate(operations):
             outcome: Outcome | StateError
             try:
-                self.check_open()
-                with self._lock:
-                    check_deadline(operation)
-                    outcome = self._execute(operation)
+                outcome = self._carry_out(operation)
             except StateError as error:
                 outcome = error
             settle(index, outcome)
+
+    def call(self, operation: Operation) -> Outcome:
+        if type(self).execute is not InMemoryStorage.execute:  # a class derived from this one does more than this
+            return super().call(operation)
+        return self._carry_out(operation)
+
+    def _carry_out(self, operation: Operation) -> Outcome:
+        with self._lock:
+            if self.closed or time.monotonic() >= operation.deadline:
+                self.check_open()
+                check_deadline(operation)
+            return self._execute(operation)
 
     def _execute(self, operation: Operation) -> Outcome:
         if isinstance(operation, Query):
@@ -93,9 +123,19 @@ class InMemoryStorage(StateStorage):
         return context.snapshot(query, context.read)
 
     def _commit(self, commit: Commit) -> bytes:
-        context = self._contexts.get(commit.context_id) or _Context()
+        context = self._contexts.get(commit.context_id)
         now = now_microseconds()
-        self._expire(context, now)
+        if context is None:
+            context = _Context()
+        else:
+            if context.expires is not None:
+                self._expire(context, now)
+            if only_adds(commit, context):
+                context.add(commit, now, self.ttl)
+                self._commits_until_sweep -= 1
+                if self._commits_until_sweep <= 0:
+                    self._sweep(now)
+                return commit.answer
         lease = self._leaseholder(commit.context_id) if commit.fence is not None else None
         effects = resolve(context, commit, now=now, ttl=self.ttl, lease=lease, read=context.read)
         if not isinstance(effects, Effects):
@@ -103,7 +143,9 @@ class InMemoryStorage(StateStorage):
         context.apply(effects)
         context.forget_at = None if context.exists else time.monotonic() + REMEMBER_CLEARED
         self._contexts[commit.context_id] = context
-        self._sweep(now)
+        self._commits_until_sweep -= 1
+        if self._commits_until_sweep <= 0:
+            self._sweep(now)
         return effects.answer
 
     def _expire(self, context: _Context, now: int) -> None:
@@ -113,10 +155,7 @@ class InMemoryStorage(StateStorage):
             context.forget_at = time.monotonic() + REMEMBER_CLEARED
 
     def _sweep(self, now: int) -> None:
-        """Forget what expired or was cleared long ago; spread so that it costs the same per commit."""
-        self._commits_until_sweep -= 1
-        if self._commits_until_sweep > 0:
-            return
+        """Forget what expired or was cleared long ago; so seldom that it costs nothing per commit."""
         monotonic = time.monotonic()
         for context_id, context in list(self._contexts.items()):
             self._expire(context, now)

@@ -7,12 +7,11 @@ that a backend makes durable and then applies to its image. (Valkey's script imp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, Final, NoReturn
 
-from ..codec import MAX_INTEGER_DIGITS
+from ..codec import MAX_INTEGER_DIGITS, decode
 from ..errors import StateAccessError, StateConflictError, TurnLostError
 from ..operations import (
     ALREADY_APPLIED,
@@ -102,9 +101,10 @@ class Image:
         _update(self.metadata, effects.metadata, effects.replaces_metadata)
 
     def remember(self, commit_id: str, answer: Answer) -> None:
-        self.commits[commit_id] = answer
-        if len(self.commits) >= 2 * REMEMBERED_COMMITS:  # in blocks, so that forgetting costs nothing per commit
-            self.commits = dict(list(self.commits.items())[-REMEMBERED_COMMITS:])
+        commits = self.commits
+        commits[commit_id] = answer
+        if len(commits) >= 2 * REMEMBERED_COMMITS:  # in blocks, so that forgetting costs nothing per commit
+            self.commits = dict(list(commits.items())[-REMEMBERED_COMMITS:])
 
     def snapshot(self, query: Query, read: ReadMessages) -> Snapshot:
         """What `query` asks of this (living) context."""
@@ -189,6 +189,33 @@ def resolve(
     return _Resolution(image, commit, now, ttl, read).run()
 
 
+def only_adds(commit: Commit, image: Image) -> bool:
+    """Whether a commit takes effect whatever else the context holds, and only appends messages and sets keys.
+
+    So of an existing context, without any condition, and not applied before: `resolve` would find the same.
+    """
+    _, changes, commit_id, user, fence, absent, idle_for, expect, _, _ = commit
+    if (
+        not image.exists
+        or fence is not None
+        or expect is not None
+        or absent
+        or idle_for is not None
+        or (user is not None and user != image.user_id)
+        or commit_id in image.commits
+    ):
+        return False
+    for change in changes:  # noqa: SIM110 - every commit comes here, and a generator costs more than all of this
+        if not (isinstance(change, Append) or (isinstance(change, Put) and not change.replace)):
+            return False
+    return True
+
+
+def expiry(now: int, ttl: float | None) -> int | None:
+    """When a context expires that was written to at `now`."""
+    return None if ttl is None else now + int(ttl * 1_000_000)
+
+
 def check_owner(image: Image, user: str | None, context_id: str) -> None:
     """Raise StateAccessError where the caller is bound to another user than the one who owns the context."""
     if user is not None and image.exists and image.user_id != user:
@@ -205,8 +232,8 @@ def added(current: bytes | None, by: bytes, key: str, context_id: str) -> bytes:
     if value is None:
         raise StateConflictError(f"the variable {key!r} is not a number", context_id=context_id)
     try:
-        total = value + json.loads(by)
-        text = json.dumps(total)
+        total = value + decode(by)
+        text = repr(total)  # which is how JSON has numbers, but for those that are refused below
     except (OverflowError, ValueError):
         total, text = float("inf"), ""
     if (isinstance(total, float) and not isfinite(total)) or len(text.lstrip("-")) > MAX_INTEGER_DIGITS:
@@ -217,7 +244,7 @@ def added(current: bytes | None, by: bytes, key: str, context_id: str) -> bytes:
 def _number(text: bytes) -> int | float | None:
     if text[:1] not in b"-0123456789":
         return None
-    value: int | float = json.loads(text)
+    value: int | float = decode(text)
     return value
 
 
@@ -237,7 +264,7 @@ def already_applied(commit: Commit) -> NoReturn:
 def _selected(stored: dict[str, bytes], keys: tuple[str, ...] | None) -> dict[str, bytes]:
     if keys is None:
         return dict(stored)
-    return {key: stored[key] for key in keys if key in stored}
+    return {key: stored[key] for key in keys if key in stored} if keys else {}
 
 
 def _update(stored: dict[str, bytes], changes: dict[str, bytes | None], replaces: bool) -> None:
@@ -276,7 +303,7 @@ class _Resolution:
         if effects.exists:
             effects.revision += 1
             effects.updated = max(self.now, effects.updated)
-            effects.expires = None if self.ttl is None else self.now + int(self.ttl * 1_000_000)
+            effects.expires = expiry(self.now, self.ttl)
             first = self.commit.changes[0]
             if isinstance(first, Restore):
                 self._backdate(first)

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json import decoder, scanner
 from math import inf
 from typing import Any, Final, TypeAlias
@@ -162,29 +162,17 @@ _json: Any = (decoder, scanner)
 _string = _json[0].scanstring
 _value = _json[1].make_scanner(json.JSONDecoder())
 _skip = _json[1].make_scanner(_Numerals())
-_AS_TEXTS: Final = ("set", "meta", "variables", "metadata", "answers")
 
 
 def fields(line: bytes) -> dict[str, Any]:
     """What a sealed line says. Stored values stay the texts that they are. Raises ValueError."""
     text = line.decode()
     result: dict[str, Any] = {}
-    value: Any
     position = 0
     try:
         while text[position] != "}":
             name, position = _string(text, position + 2)
-            position += 1
-            if name == "add":
-                value, position = _texts_of_list(text, position)
-            elif name in _AS_TEXTS:
-                value, position = _texts_of_object(text, position)
-            elif name == "answer":
-                start, (_, position) = position, _skip(text, position)
-                value = text[start:position].encode()
-            else:
-                value, position = _value(text, position)
-            result[name] = value
+            result[name], position = _read_field.get(name, _value)(text, position + 1)
     except (IndexError, StopIteration, RecursionError) as error:
         raise ValueError("it is not JSON") from error
     return result
@@ -211,6 +199,19 @@ def _texts_of_object(text: str, position: int) -> tuple[dict[str, bytes], int]:
         _, position = _skip(text, start)
         texts[key] = text[start:position].encode()
     return texts, position + 1
+
+
+def _text_of_value(text: str, position: int) -> tuple[bytes, int]:
+    _, end = _skip(text, position)
+    return text[position:end].encode(), end
+
+
+_read_field: Final[dict[str, Callable[[str, int], tuple[Any, int]]]] = {
+    "add": _texts_of_list,
+    "answer": _text_of_value,
+    **dict.fromkeys(("set", "meta", "variables", "metadata", "answers"), _texts_of_object),
+}
+"""How the values are read that stay texts."""
 
 
 def messages_of(line: bytes) -> list[bytes]:

@@ -7,7 +7,7 @@ from os.path import commonprefix
 from typing import Any, Final
 from zlib import crc32
 
-from ...operations import ALREADY_APPLIED, REMEMBERED_COMMITS
+from ...operations import ALREADY_APPLIED, REMEMBERED_COMMITS, Answer
 from ..resolve import Effects, Image, ReadMessages
 from .logformat import (
     APPEND_LINE,
@@ -34,8 +34,11 @@ _RECENT_BYTES: Final = 16 * 1024
 """How much of a history's end an image keeps."""
 
 _CHECKPOINT_EVERY: Final = 4 * 1024
-_CHECKPOINT_SHARE: Final = 8
+_CHECKPOINT_SHARE: Final = 4
 """A checkpoint is due after so many bytes, and so many times the size of the last one."""
+
+_UNREAD_COMMITS: Final = 16
+"""So many times, what lines say of commit ids is put aside before it is looked at."""
 
 _GARBAGE_UNHEEDED: Final = 64 * 1024
 """Bytes; a file with less superseded data is never rewritten."""
@@ -51,6 +54,8 @@ class LogImage(Image):
     """A context as its log tells it, and what one needs to know about the log to go on with it."""
 
     __slots__ = (
+        "_commits",
+        "_unread_commits",
         "base",
         "checkpoint_due",
         "checkpoint_size",
@@ -71,6 +76,8 @@ class LogImage(Image):
     )  # fmt: skip
 
     def __init__(self, context_id: str) -> None:
+        self._commits: dict[str, Answer] = {}
+        self._unread_commits: list[tuple[str, list[str], dict[str, Answer]]] = []
         super().__init__()
         self.context_id = context_id
         self.seed = seed_of(context_id)
@@ -89,6 +96,22 @@ class LogImage(Image):
         self.open_run: Run | None = None  # the last run, if it may grow
         self.recent: list[bytes] = []  # the last messages
         self.recent_bytes = 0
+
+    @property
+    def commits(self) -> dict[str, Answer]:
+        """The remembered commits. What the log says of them is looked at when it is needed: readers never do."""
+        if self._unread_commits:
+            unread, self._unread_commits = self._unread_commits, []
+            for prefix, suffixes, answers in unread:
+                self._commits.update(dict.fromkeys([prefix + suffix for suffix in suffixes], b""))
+                self._commits.update(answers)
+            if len(self._commits) >= 2 * REMEMBERED_COMMITS:
+                self._commits = dict(list(self._commits.items())[-REMEMBERED_COMMITS:])
+        return self._commits
+
+    @commits.setter
+    def commits(self, commits: dict[str, Answer]) -> None:
+        self._commits = commits
 
     def take_state(self, other: Image) -> None:
         """Be the same context as `other`, but for where the messages are."""
@@ -160,7 +183,7 @@ class LogImage(Image):
         self.revision = revision
         self.updated = int(at)
         self.expires = None if expires is None else int(expires)
-        self.remember_all(b" ".join(said_ids).decode().split(" "))
+        self._remember_all("", b" ".join(said_ids).decode().split(" "), {})
         self.end += len(messages)
         self._add_recent(messages)
         if trimmed is not None:
@@ -181,11 +204,10 @@ class LogImage(Image):
         elif offset != 0 or "agentstate" not in said:
             raise ValueError("of no known kind")
 
-    def remember_all(self, commit_ids: list[str]) -> None:
-        """Remember commits without an answer."""
-        self.commits.update(dict.fromkeys(commit_ids, b""))
-        if len(self.commits) >= 2 * REMEMBERED_COMMITS:
-            self.commits = dict(list(self.commits.items())[-REMEMBERED_COMMITS:])
+    def _remember_all(self, prefix: str, suffixes: list[str], answers: dict[str, Answer]) -> None:
+        if len(self._unread_commits) >= _UNREAD_COMMITS:
+            self.commits  # noqa: B018 - reads them
+        self._unread_commits.append((prefix, suffixes, answers))
 
     def _follow(self, revision: int) -> None:
         if not self.exists or revision != self.revision + 1:
@@ -225,9 +247,10 @@ class LogImage(Image):
             self.variables, self.metadata = said.get("variables", {}), said.get("metadata", {})
             self.start, self.end = said.get("start", 0), said.get("end", 0)
             prefix, *rest = said["commits"]
-            self.commits = dict.fromkeys([prefix + suffix for suffix in rest], b"")
-            self.commits.update(said.get("answers", {}))
-            self.commits.update(dict.fromkeys(said.get("unkept", ()), ALREADY_APPLIED))
+            _ = prefix + "".join(rest)  # TypeError, unless they are texts
+            self._commits, self._unread_commits = {}, []
+            unkept = dict.fromkeys(said.get("unkept", ()), ALREADY_APPLIED)
+            self._remember_all(prefix, rest, {**said.get("answers", {}), **unkept})
         self.live, self.base = said.get("live", 0), said.get("base", 0)
         self._list_runs(said["runs"], said.get("older"), offset, size)
         self._note_checkpoint(offset + size, size)
@@ -471,7 +494,8 @@ class LogImage(Image):
     def weight(self) -> int:
         """About how many bytes of memory the image takes up."""
         values = sum(map(len, self.variables.values())) + sum(map(len, self.metadata.values()))
-        keys = len(self.variables) + len(self.metadata) + len(self.commits)
+        commits = len(self._commits) + sum([len(suffixes) for _, suffixes, _ in self._unread_commits])
+        keys = len(self.variables) + len(self.metadata) + commits
         return 2000 + values + self.recent_bytes + 50 * len(self.recent) + 150 * keys + 200 * len(self.runs)
 
 

@@ -115,7 +115,7 @@ class LogReader:
         try:
             adopted = self._header(data if begin == 0 else self.read(0, HEAD))
             if begin + start > 0:
-                self._check_write(begin + start, data[start : data.index(b"\n", start)])
+                self._check_write(begin + start, data[start : data.index(b"\n", start)], data, begin)
             image.log_end = begin + start
             image.replay(data[start:], image.log_end)
             good_end, damage = image.log_end, None
@@ -134,15 +134,18 @@ class LogReader:
         adopted: list[Any] | None = said.get("adopted")
         return adopted
 
-    def _check_write(self, offset: int, checkpoint: bytes) -> None:
+    def _check_write(self, offset: int, checkpoint: bytes, data: bytes, begin: int) -> None:
         """Check the lines that were written together with a checkpoint: it may have reached the disk, and they not.
+        `data`, which stands at `begin`, was read already.
 
         (With fsync "no" that holds for lines long before it too. It is noticed when they are read.)
         """
         if not is_sealed(checkpoint, self.seed, offset):
             return  # the replay says so
         position = begin_of_write(checkpoint, offset)
-        for line in self.read(position, offset - position).split(b"\n")[:-1]:
+        known = position >= begin
+        lines = data[position - begin : offset - begin] if known else self.read(position, offset - position)
+        for line in lines.split(b"\n")[:-1]:
             if not is_sealed(line, self.seed, position):
                 raise Damage(position, "a line's checksum does not match")
             position += len(line) + 1
@@ -219,22 +222,24 @@ class LogReader:
         """The messages [first, stop) of a run."""
         begin, count, offset, size = run
         data = self.read(offset, size)
-        if first == begin and stop == begin + count and (messages := self._whole_run(data, offset, count)):
-            return messages
+        wanted = begin + count - first
+        messages = self._usual_lines(data, 0 if first == begin else _last_lines(data, wanted), offset)
+        if messages is not None and len(messages) == wanted:
+            return messages[: stop - first]
         return self._part_of_run(data, run, first, stop)
 
-    def _whole_run(self, data: bytes, offset: int, count: int) -> list[bytes] | None:
-        """The messages of a run of usual lines; None for any other, or where there is any doubt."""
+    def _usual_lines(self, data: bytes, begin: int, offset: int) -> list[bytes] | None:
+        """The messages of usual lines, from `begin` to the end of `data`; None where others are among them."""
         messages = []
-        begin, seed, view = 0, self.seed + offset, memoryview(data)
-        while (match := APPEND_LINE.match(data, begin)) is not None:
+        seed, view, match_line = self.seed + offset, memoryview(data), APPEND_LINE.match
+        while (match := match_line(data, begin)) is not None:
             message, checksum = match.group(6, 7)
             end = match.end()
             if int(checksum, 16) != crc32(view[begin : end - SEAL_SIZE - 1], (seed + begin) & 0xFFFFFFFF):
                 return None
             messages.append(message)
             begin = end
-        return messages if begin == len(data) and len(messages) == count else None
+        return messages if begin == len(data) else None
 
     def _part_of_run(self, data: bytes, run: Run, first: int, stop: int) -> list[bytes]:
         """From the last line backwards: mostly the last messages are wanted."""
@@ -287,6 +292,15 @@ class LogReader:
             yield data[:begin]
             offset += begin
             rest = data[begin:]
+
+
+def _last_lines(data: bytes, count: int) -> int:
+    """Where the last `count` lines begin."""
+    begin = len(data)
+    while count > 0 and begin > 0:
+        begin = data.rfind(b"\n", 0, begin - 1) + 1
+        count -= 1
+    return begin
 
 
 def _last_checkpoint(data: bytes) -> int:
