@@ -290,9 +290,7 @@ _ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.We
 async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outcomes:
     """Carry out operations on one context, in order."""
     if not storage.waits:
-        outcomes: Outcomes = []
-        storage.execute(operations, lambda _, outcome: outcomes.append(outcome))
-        return outcomes
+        return storage.carry_out(operations)
     loop = asyncio.get_running_loop()
     port = _ports.get(loop)
     if port is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
@@ -97,9 +98,11 @@ class Dispatcher:
         if not free:
             return self._wait_for(operations)
         outcomes: Outcomes = [_PENDING] * len(operations)
+        began = monotonic_ns()
         try:
             self._execute(operations, outcomes, outcomes.__setitem__)
         finally:
+            self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
             with self._lock:
                 self._free(key)
                 self._end_group()
@@ -230,9 +233,15 @@ class Dispatcher:
                 jobs.append(job)
                 positions.append(position)
         outcomes: Outcomes = [_PENDING] * len(operations)
+        unsettled = len(operations)
+        began = monotonic_ns()
 
         def settle(index: int, outcome: Outcome | StateError) -> None:
+            nonlocal unsettled
             outcomes[index] = outcome
+            unsettled -= 1
+            if not unsettled:  # before the last who waits is told: who was told of all finds all counted
+                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
             job = jobs[index]
             job.outcomes[positions[index]] = outcome
             job.left -= 1

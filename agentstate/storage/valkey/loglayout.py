@@ -131,7 +131,7 @@ class LogLayout:
             return scan_page(self.servers, self.keys, listing.cursor, listing.size, end, choose)
 
         try:
-            return repeat(read, deadline)
+            return repeat(read, deadline, self.servers.tally)
         except StateError as error:
             return error
 
@@ -259,6 +259,8 @@ class _Execution:
                 pool.release(connection)
             else:
                 pool.discard(connection)
+        if again:
+            layout.servers.tally.add(attempts_repeated=1)
         return not again
 
     def run(self, todo: list[int]) -> None:
@@ -268,6 +270,8 @@ class _Execution:
             todo = []
             for pool, reads, groups in self._by_server(ready, end, todo):
                 self._exchange(pool, reads, groups, end, todo)
+            if todo:
+                self.layout.servers.tally.add(attempts_repeated=len(todo))
             if todo and self.problem is not None:
                 sleep(max(0.0, min(end - monotonic(), next(waits))))
 
