@@ -107,18 +107,26 @@ class StateStorage(ABC):
         """
         if operation.deadline == NEVER:
             operation = operation._replace(deadline=time.monotonic() + self.deadline)
-        # As `carry_out` does it, but to a call that is all in memory two readings of the clock would be much.
         tally = self.tally
-        outcomes: list[Any] = [None]
-        if next(tally.alone[type(operation)]) % TIMED_ONE_IN and not self.waits:
-            self.execute((operation,), outcomes.__setitem__)
-        else:
+        try:
+            # Next to a call that is all in memory, two readings of the clock would be much.
+            if next(tally.alone[type(operation)]) % TIMED_ONE_IN and not self.waits:
+                return self._outcome_of(operation)
             began = monotonic_ns()
-            self.execute((operation,), outcomes.__setitem__)
-            tally.took(type(operation), monotonic_ns() - began)
+            try:
+                return self._outcome_of(operation)
+            finally:
+                tally.took(type(operation), monotonic_ns() - began)
+        except StateError as error:
+            tally.failed(error)
+            raise
+
+    def _outcome_of(self, operation: Operation) -> Outcome:
+        """`execute` for one operation, whose error is raised. A backend that knows a shorter way overrides it."""
+        outcomes: list[Any] = [None]
+        self.execute((operation,), outcomes.__setitem__)
         outcome: Outcome | StateError = outcomes[0]
         if isinstance(outcome, StateError):
-            tally.failed(outcome)
             raise outcome
         return outcome
 

@@ -259,8 +259,6 @@ class _Execution:
                 pool.release(connection)
             else:
                 pool.discard(connection)
-        if again:
-            layout.servers.tally.add(attempts_repeated=1)
         return not again
 
     def run(self, todo: list[int]) -> None:
@@ -270,8 +268,6 @@ class _Execution:
             todo = []
             for pool, reads, groups in self._by_server(ready, end, todo):
                 self._exchange(pool, reads, groups, end, todo)
-            if todo:
-                self.layout.servers.tally.add(attempts_repeated=len(todo))
             if todo and self.problem is not None:
                 sleep(max(0.0, min(end - monotonic(), next(waits))))
 
@@ -293,6 +289,8 @@ class _Execution:
             ready.append(index)
             if deadline < end:
                 end = deadline
+        if problem is not None:
+            self.layout.servers.tally.add(attempts_repeated=len(ready))
         return end, ready
 
     def _by_server(
