@@ -300,9 +300,7 @@ def _port_of(loop: asyncio.AbstractEventLoop) -> _Port:
 async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outcomes:
     """Carry out operations on one context, in order."""
     if not storage.waits:
-        outcomes: Outcomes = []
-        storage.execute(operations, lambda _, outcome: outcomes.append(outcome))
-        return outcomes
+        return storage.carry_out(operations)
     loop = asyncio.get_running_loop()
     port = _port_of(loop)
     job = _Wait(operations, port, loop)

@@ -150,6 +150,7 @@ class Call:
         )
         self._context = type(self._context)(memory, user_id=self._context.user_id)
         self._context.degraded = True
+        storage.tally.add(degraded_calls=1)
         _count_degraded()
         getLogger("agentstate.handlers").warning(
             "the store cannot be reached: %s() answers %r from memory, and forgets: %s",

@@ -9,13 +9,18 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import isfinite
-from typing import Any, ClassVar, Final, TypeAlias
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
 from ..operations import NEVER, Operation, Outcome
 from .dispatch import Dispatcher
 from .renewal import forget_after_fork
+from .tally import TIMED_ONE_IN, Tally
+
+if TYPE_CHECKING:
+    from .statistics import StorageStatistics
 
 Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
 """Called by `execute` with the index of an operation and its outcome, or the error of the one that failed."""
@@ -65,6 +70,7 @@ class StateStorage(ABC):
         self.max_value_bytes = positive_integer("max_value_bytes", max_value_bytes)
         self.deadline = positive_seconds("deadline", deadline)
         self.closed = False
+        self.tally = Tally()
         self._dispatcher: Dispatcher | None = None
         _alive.add(self)
 
@@ -105,12 +111,49 @@ class StateStorage(ABC):
         """
         if operation.deadline == NEVER:
             operation = operation._replace(deadline=time.monotonic() + self.deadline)
-        outcomes: list[Outcome | StateError] = []
-        self.execute((operation,), lambda _, outcome: outcomes.append(outcome))
-        outcome = outcomes[0]
+        tally = self.tally
+        try:
+            # Next to a call that is all in memory, two readings of the clock would be much.
+            if next(tally.alone[type(operation)]) % TIMED_ONE_IN and not self.waits:
+                return self._outcome_of(operation)
+            began = monotonic_ns()
+            try:
+                return self._outcome_of(operation)
+            finally:
+                tally.took(type(operation), monotonic_ns() - began)
+        except StateError as error:
+            tally.failed(error)
+            raise
+
+    def _outcome_of(self, operation: Operation) -> Outcome:
+        """`execute` for one operation, whose error is raised. A backend that knows a shorter way overrides it."""
+        outcomes: list[Any] = [None]
+        self.execute((operation,), outcomes.__setitem__)
+        outcome: Outcome | StateError = outcomes[0]
         if isinstance(outcome, StateError):
             raise outcome
         return outcome
+
+    def carry_out(self, operations: Sequence[Operation]) -> list[Outcome | StateError]:
+        """`execute` in this thread, counted, with the outcomes in a list.
+
+        As with `execute`, the caller sees to it that no other thread is at these contexts; `dispatcher` does.
+        """
+        outcomes: list[Any] = [None] * len(operations)
+        began = monotonic_ns()
+        self.execute(operations, outcomes.__setitem__)
+        self.tally.note(operations, outcomes, monotonic_ns() - began)
+        return outcomes
+
+    def statistics(self) -> StorageStatistics:
+        """What this object has done since it was made (in the child of a fork: since the fork).
+
+        Counting is always on, costs a fraction of a microsecond a call, and sees this object only: not what other
+        processes, or other objects in this one, do with the same store.
+        """
+        from .statistics import statistics_of  # late: dataclasses take their time to import
+
+        return statistics_of(self.tally)
 
     def check_open(self) -> None:
         """Raise StateUnavailableError after `close`."""
@@ -162,6 +205,7 @@ def _reset_all_after_fork() -> None:
     forget_after_fork()
     for storage in list(_alive):
         storage._dispatcher = None
+        storage.tally.begin_anew()
         storage._after_fork()
 
 

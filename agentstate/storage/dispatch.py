@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
@@ -97,13 +98,11 @@ class Dispatcher:
         if not free:
             return self._wait_for(operations)
         outcomes: Outcomes = [_PENDING] * len(operations)
+        began = monotonic_ns()
         try:
-            self._execute(
-                operations,
-                outcomes.__setitem__,
-                lambda: [index for index, outcome in enumerate(outcomes) if outcome is _PENDING],
-            )
+            self._execute(operations, outcomes, outcomes.__setitem__)
         finally:
+            self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
             with self._lock:
                 self._free(key)
                 self._end_group()
@@ -230,8 +229,16 @@ class Dispatcher:
             operations += job.operations
             owners += (job,) * job.left
             unfinished[job.key] = unfinished.get(job.key, 0) + 1
+        outcomes: Outcomes = [_PENDING] * len(operations)
+        unsettled = len(operations)
+        began = monotonic_ns()
 
         def settle(index: int, outcome: Outcome | StateError) -> None:
+            nonlocal unsettled
+            outcomes[index] = outcome
+            unsettled -= 1
+            if not unsettled:  # before the last who waits is told: who was told of all finds all counted
+                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
             job = owners[index]
             job.outcomes[index - job.first] = outcome
             job.left -= 1
@@ -244,15 +251,11 @@ class Dispatcher:
                     self._free(key)
             job.done()
 
-        def unsettled() -> list[int]:
-            places = [job.first + place for job in group if job.left for place in range(len(job.operations))]
-            return [index for index in places if owners[index].outcomes[index - owners[index].first] is _PENDING]
+        self._execute(operations, outcomes, settle)
 
-        self._execute(operations, settle, unsettled)
-
-    def _execute(self, operations: Sequence[Operation], settle: Settle, unsettled: Callable[[], Iterable[int]]) -> None:
+    def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
         """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
-        thread that was lent by its caller."""
+        thread that was lent by its caller. `settle` puts what it is given into `outcomes`."""
         failure: BaseException | None = None
         try:
             self._storage.execute(operations, settle)
@@ -261,9 +264,10 @@ class Dispatcher:
             if not isinstance(error, Exception):
                 raise
         finally:
-            for index in unsettled():
-                failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
-                settle(index, _abandoned(operations[index], failure))
+            for index, outcome in enumerate(outcomes):
+                if outcome is _PENDING:
+                    failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
+                    settle(index, _abandoned(operations[index], failure))
 
 
 class _Unsettled(Exception):

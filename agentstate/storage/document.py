@@ -107,15 +107,23 @@ class DocumentStorage(StateStorage):
                     settle(index, outcome)
 
     def _read(self, context_id: str, queries: Sequence[Any], deadline: float) -> list[Outcome | StateError]:
-        data = self.read_document(context_id, deadline=deadline)
+        data = self._read_bytes(context_id, deadline)
         document = None if data is None else parse_document(data, context_id)
         if document is None or not document.lives(self.clock()):
             return [None for _ in queries]
         return [_attempt(document.answer, query) for query in queries]
 
+    def _read_bytes(self, context_id: str, deadline: float) -> bytes | None:
+        data = self.read_document(context_id, deadline=deadline)
+        self.tally.read(len(data or b""))
+        return data
+
     def _write(self, context_id: str, writes: Sequence[Any], deadline: float) -> list[Outcome | StateError]:
         update = DocumentUpdate(self, context_id, writes)
-        self.replace_document(context_id, update, deadline=deadline)
+        try:
+            self.replace_document(context_id, update, deadline=deadline)
+        finally:
+            self.tally.add(**update.counts())
         return update.outcomes
 
     def _list(self, listing: Listing) -> Page:
@@ -124,7 +132,7 @@ class DocumentStorage(StateStorage):
 
     def _listed(self, context_id: str, listing: Listing) -> bool:
         check_deadline(listing)
-        data = self.read_document(context_id, deadline=listing.deadline)
+        data = self._read_bytes(context_id, listing.deadline)
         if data is None:  # removed meanwhile
             return False
         try:
@@ -155,16 +163,27 @@ class DocumentUpdate:
         self.remove_at: int | None = None
         """When what the last call returned will mean nothing any more: microseconds since 1970, or None for never. A
         store whose keys expire by themselves may let it expire then."""
+        self._calls = self._read = self._written = 0
 
     def __call__(self, data: bytes | None) -> bytes | None:
         now = self._storage.clock()
+        self._calls += 1
+        self._read += len(data or b"")
+        self._written = 0
         document = Document(self._context_id) if data is None else parse_document(data, self._context_id)
         document.expire(now)
         self.outcomes = [_attempt(self._carry_out, write, document, now) for write in self._writes]
         if not document.changed:
             return data
         self.remove_at = document.remove_at()
-        return document.render(now)
+        new = document.render(now)
+        self._written = len(new or b"")
+        return new
+
+    def counts(self) -> dict[str, int]:
+        """What a tally is to know of it: all calls but the last were in vain."""
+        repeated = max(0, self._calls - 1) * len(self._writes)
+        return {"attempts_repeated": repeated, "bytes_read": self._read, "bytes_written": self._written}
 
     def _carry_out(self, write: Write, document: Document, now: int) -> Outcome:
         check_deadline(write)  # again: there may have been a wait for a lock

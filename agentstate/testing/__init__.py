@@ -32,6 +32,7 @@ pytest.register_assert_rewrite(
             "identifiers",
             "lifetime",
             "owners",
+            "statistics",
             "turns",
             "values",
             "variables",

@@ -9,6 +9,7 @@ from .history import HistoryTests
 from .identifiers import IdentifierTests
 from .lifetime import LifetimeTests
 from .owners import OwnerTests
+from .statistics import StatisticsTests
 from .turns import TurnTests
 from .values import ValueTests
 from .variables import VariableTests
@@ -25,5 +26,6 @@ class StorageContract(
     OwnerTests,
     LifetimeTests,
     ConcurrencyTests,
+    StatisticsTests,
 ):
     """Tests of the whole contract, through both contexts. Subclass it, give it `make_storage`, and run pytest."""

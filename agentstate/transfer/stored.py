@@ -23,8 +23,7 @@ def count_contexts(storage: StateStorage, user_id: str | None = None) -> int:
 
 def perform(storage: StateStorage, operations: Sequence[Operation]) -> list[Outcome | StateError]:
     """The outcomes of operations that travel together, errors as values. No two may be on the same context."""
-    outcomes: list[Outcome | StateError] = [None] * len(operations)
-    storage.execute(operations, outcomes.__setitem__)
+    outcomes = storage.carry_out(operations)
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, StateTimeoutError) and len(operations) > 1:  # not done: there were too many
             alone = operations[index]._replace(deadline=time.monotonic() + storage.deadline)

@@ -13,6 +13,7 @@ from heapq import nsmallest
 from typing import Final
 
 from ...errors import StateUnavailableError
+from ..tally import Tally
 from .filesystem import FOLDER, FOLDER_MODE, FileSystem, unavailable
 
 LOCKS: Final = ".locks"
@@ -27,9 +28,10 @@ _LISTINGS_AT_A_TIME: Final = 8
 class Folder:
     """A folder with the files of contexts, and beside them those of locks and leases."""
 
-    def __init__(self, path: str, fs: FileSystem) -> None:
+    def __init__(self, path: str, fs: FileSystem, tally: Tally) -> None:
         self.path = os.path.abspath(path)
         self.fs = fs
+        self.tally = tally
         self.opened = -1  # a descriptor held since before the first write: errors are told to those who were there
         self._identity: tuple[int, int] | None = None
         self._lock = threading.Lock()

@@ -155,6 +155,7 @@ class LogFile:
     def _load(self) -> LogImage:
         entry = self.folder.syncs_begun
         reader = self.reader
+        self.folder.tally.add(cache_misses=1)
         try:
             reader.open()
             status = reader.status()
@@ -390,6 +391,7 @@ class LogFile:
             line_end = self.line_end
             self.forget()
             raise WriteFailed(failure, complete, line_end) from error
+        self.folder.tally.wrote(written)
         pending.clear()
         self.size = image.log_end
         if not self.trusted:
@@ -608,6 +610,7 @@ class LogFile:
             raise self._unavailable(error, "replace") from error
         finally:
             self.forget()
+        self.folder.tally.wrote(status.st_size)
         self.entry = entry
         if image is not None:
             self.image = image

@@ -26,6 +26,7 @@ from .logfile import LogFile, LookAgain, WriteFailed, log_file
 from .loglisting import LogListing
 
 if TYPE_CHECKING:
+    from ..statistics import CacheStatistics
     from .logrepair import Repair
 
 _SYNC_ALL_FROM: Final = 4  # files
@@ -457,6 +458,21 @@ class LogLayout:
             logs.move_to_end(context_id)
         return log
 
+    def cache(self, operations: int) -> CacheStatistics:
+        """What the cache holds, and what it was good for in so many operations on contexts."""
+        from ..statistics import CacheStatistics
+
+        tally = self.folder.tally
+        return CacheStatistics(
+            hits=max(0, operations - tally.cache_misses),
+            misses=tally.cache_misses,
+            evictions=tally.cache_evictions,
+            contexts=len(self._logs),
+            size_bytes=self._weight,
+            limit_bytes=self.cache_bytes,
+            open_files=self.folder.open_files,
+        )
+
     def known(self, context_id: str) -> bool:
         return context_id in self._logs
 
@@ -500,6 +516,7 @@ class LogLayout:
                 if log is not current and log not in self._dirty and log.lock.acquire(blocking=False):
                     total -= log.weight
                     self._discard(log)
+                    self.folder.tally.add(cache_evictions=1)
                     log.lock.release()
             self._weight = total
 

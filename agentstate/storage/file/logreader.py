@@ -90,14 +90,15 @@ class LogReader:
         """These bytes, or those of them that there are."""
         read_at = self.folder.fs.read_at
         data = read_at(self.fd, size, offset)
-        if len(data) == size or not data:
-            return data
-        parts = [data]
-        missing = size - len(data)
-        while missing > 0 and (data := read_at(self.fd, missing, offset + size - missing)):
-            parts.append(data)
-            missing -= len(data)
-        return b"".join(parts)
+        if len(data) < size and data:
+            parts = [data]
+            missing = size - len(data)
+            while missing > 0 and (data := read_at(self.fd, missing, offset + size - missing)):
+                parts.append(data)
+                missing -= len(data)
+            data = b"".join(parts)
+        self.folder.tally.read(len(data))
+        return data
 
     # --- the image
 

@@ -16,6 +16,7 @@ from .folder import Folder
 from .loglayout import LogLayout
 
 if TYPE_CHECKING:
+    from ..statistics import StorageStatistics
     from .documents import DocumentFiles
     from .logrepair import Problem, Repair
 
@@ -57,7 +58,7 @@ class FileStorage(StateStorage):
             raise StateConfigError(f"exclusive is true or false, not {exclusive!r}")
         positive_integer("cache_bytes", cache_bytes)
         super().__init__(**options)
-        self._folder = Folder(path, file_system or FileSystem())
+        self._folder = Folder(path, file_system or FileSystem(), self.tally)
         access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
@@ -66,6 +67,7 @@ class FileStorage(StateStorage):
             from .documents import DocumentFiles
 
             self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
+            self._layout.tally = self.tally
 
     @property
     def storage_dir(self) -> str:
@@ -81,6 +83,15 @@ class FileStorage(StateStorage):
                 self.check_open()
             except StateError as error:
                 settle(index, error)
+
+    def statistics(self) -> StorageStatistics:
+        counted = super().statistics()
+        if not isinstance(self._layout, LogLayout):  # it keeps nothing
+            return counted
+        from dataclasses import replace
+
+        on_contexts = sum(counted.operations.values()) - counted.operations["listing"]
+        return replace(counted, cache=self._layout.cache(on_contexts))
 
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""

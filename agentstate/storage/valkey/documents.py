@@ -63,7 +63,7 @@ class ValkeyDocuments(DocumentStorage):
 
     def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
         deadline = self._limited(deadline)
-        return repeat(lambda: self._get(context_id, deadline), deadline, context_id)
+        return repeat(lambda: self._get(context_id, deadline), deadline, self.tally, context_id)
 
     def replace_document(self, context_id: str, update: DocumentUpdate, *, deadline: float) -> None:
         deadline = self._limited(deadline)
@@ -105,6 +105,7 @@ class ValkeyDocuments(DocumentStorage):
         return repeat(
             lambda: scan_page(self._servers, self._keys, cursor, size, self._attempt_end(deadline), _with_documents),
             deadline,
+            self.tally,
         )
 
     def _limited(self, deadline: float) -> float:

@@ -9,6 +9,7 @@ from time import monotonic, sleep
 from typing import Final, TypeVar
 
 from ...errors import StateConfigError, StateConflictError, StateError, StateTimeoutError, StateUnavailableError
+from ..tally import Tally
 from .wire import LostConnectionError, ServerError
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def pauses() -> Iterator[float]:
         longest = min(LONGEST_PAUSE, longest * 2)
 
 
-def repeat(attempt: Callable[[], T], deadline: float, context_id: str | None = None) -> T:
+def repeat(attempt: Callable[[], T], deadline: float, tally: Tally, context_id: str | None = None) -> T:
     """The result of `attempt`, made again and again until it succeeds; for what may be done twice.
 
     Raises the StateError that says why it did not succeed until the deadline.
@@ -52,6 +53,7 @@ def repeat(attempt: Callable[[], T], deadline: float, context_id: str | None = N
             left = deadline - monotonic()
             if left <= 0 or not passes(error):
                 raise failure(error, context_id) from error
+            tally.add(attempts_repeated=1)
             sleep(min(left, pause))
     raise AssertionError("there is no end of pauses")
 

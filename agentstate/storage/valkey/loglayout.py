@@ -131,7 +131,7 @@ class LogLayout:
             return scan_page(self.servers, self.keys, listing.cursor, listing.size, end, choose)
 
         try:
-            return repeat(read, deadline)
+            return repeat(read, deadline, self.servers.tally)
         except StateError as error:
             return error
 
@@ -289,6 +289,8 @@ class _Execution:
             ready.append(index)
             if deadline < end:
                 end = deadline
+        if problem is not None:
+            self.layout.servers.tally.add(attempts_repeated=len(ready))
         return end, ready
 
     def _by_server(

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any, Final
 
 from ...errors import StateConfigError, StateTimeoutError
+from ..tally import Tally
 from .risks import info_field
 from .url import Address, Target
 from .wire import Connection, LostConnectionError, ServerError, command, open_connection
@@ -36,6 +37,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._open = 0
         self._waiting = 0
+        self.sent = self.received = 0  # bytes, on connections that were given back since
 
     def acquire(self, deadline: float) -> Connection:
         """A connection that answers until `deadline`. Raises LostConnectionError, ServerError, StateTimeoutError."""
@@ -85,6 +87,7 @@ class Pool:
     def release(self, connection: Connection) -> None:
         """Give back a connection on which every reply was read."""
         with self._lock:
+            self._take_note(connection)
             if not self._closed:
                 self._idle.append(connection)
                 if self._waiting:
@@ -96,6 +99,7 @@ class Pool:
     def discard(self, connection: Connection) -> None:
         """Close a connection that is in an unknown state, and the idle ones, which are likely to be as dead."""
         with self._lock:
+            self._take_note(connection)
             self._left()
             idle, self._idle = self._idle, []
             self._open -= len(idle)
@@ -110,6 +114,16 @@ class Pool:
         for connection in idle:
             connection.close()
 
+    def figures(self) -> tuple[int, int, int, int]:
+        """Connections that are idle, those that are used, and bytes that were sent and received."""
+        with self._lock:
+            return len(self._idle), self._open - len(self._idle), self.sent, self.received
+
+    def _take_note(self, connection: Connection) -> None:
+        self.sent += connection.sent
+        self.received += connection.received
+        connection.sent = connection.received = 0
+
     def _left(self) -> None:
         self._open -= 1
         if self._waiting:
@@ -122,10 +136,13 @@ class Servers:
     `prepare` is called with the first connection to every server.
     """
 
-    def __init__(self, target: Target, max_connections: int, prepare: Callable[[Connection, Address], None]) -> None:
+    def __init__(
+        self, target: Target, max_connections: int, prepare: Callable[[Connection, Address], None], tally: Tally
+    ) -> None:
         self.target = target
+        self.tally = tally
         self.is_cluster = target.kind == "cluster"
-        self._max_connections = max_connections
+        self.max_connections = max_connections
         self._prepare = prepare
         self._prepared: set[Address] = set()
         self._pools: dict[Address, Pool] = {}
@@ -176,7 +193,7 @@ class Servers:
         pool = self._pools.get(address)
         if pool is None:
             with self._lock:
-                new = Pool(partial(self._connect, address), self._max_connections)
+                new = Pool(partial(self._connect, address), self.max_connections)
                 pool = self._pools.setdefault(address, new)
         return pool
 
@@ -190,12 +207,16 @@ class Servers:
     def forget(self) -> None:
         """In the child of a fork: let go of the parent's connections without touching them."""
         self._lock = threading.Lock()
-        for pool in (self._single, *self._pools.values()):
+        for pool in self.pools():
             pool.forget()
 
     def close(self) -> None:
-        for pool in (self._single, *list(self._pools.values())):
+        for pool in self.pools():
             pool.close()
+
+    def pools(self) -> list[Pool]:
+        """The pools of all servers that were connected to."""
+        return [self._single, *self._pools.values()]
 
     def _connect(self, address: Address, pool: Pool, deadline: float) -> Connection:
         options = self.target.options
@@ -218,6 +239,7 @@ class Servers:
         except BaseException:
             connection.close()
             raise
+        self.tally.add(connections_opened=1)
         return connection
 
     def _connect_to_primary(self, pool: Pool, deadline: float) -> Connection:

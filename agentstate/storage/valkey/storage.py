@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
 from ...keys import KeySpace
@@ -16,6 +16,9 @@ from .nodes import Servers
 from .risks import risks
 from .url import Address, check_options, read_url
 from .wire import Connection, ServerError
+
+if TYPE_CHECKING:
+    from ..statistics import StorageStatistics
 
 _logger = logging.getLogger("agentstate.storage.valkey")
 
@@ -62,7 +65,8 @@ class ValkeyStorage(StateStorage):
         self.key_prefix = key_prefix
         self._strict = strict
         self._url = target.shown
-        self._servers = Servers(target, positive_integer("max_connections", max_connections), self._prepare)
+        limit = positive_integer("max_connections", max_connections)
+        self._servers = Servers(target, limit, self._prepare, self.tally)
         keys = KeySpace(key_prefix)
         self._layout: LogLayout | ValkeyDocuments
         if layout == "log":
@@ -73,6 +77,7 @@ class ValkeyStorage(StateStorage):
             self._layout = ValkeyDocuments(
                 self._servers, keys, ttl=self.ttl, min_replicas=min_replicas, deadline=self.deadline
             )
+            self._layout.tally = self.tally
 
     def __repr__(self) -> str:
         return f"ValkeyStorage({self._url!r}, key_prefix={self.key_prefix!r})"
@@ -86,6 +91,18 @@ class ValkeyStorage(StateStorage):
                     settle(index, error)
             return
         self._layout.execute(operations, settle)
+
+    def statistics(self) -> StorageStatistics:
+        from dataclasses import replace
+
+        from ..statistics import ConnectionStatistics
+
+        servers = self._servers
+        idle, used, sent, received = map(sum, zip(*(pool.figures() for pool in servers.pools()), strict=True))
+        opened = self.tally.connections_opened
+        connections = ConnectionStatistics(opened=opened, idle=idle, used=used, limit=servers.max_connections)
+        # What went over the connections, be it of documents or not.
+        return replace(super().statistics(), bytes_written=sent, bytes_read=received, connections=connections)
 
     def close(self) -> None:
         super().close()

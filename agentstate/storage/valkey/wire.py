@@ -55,7 +55,7 @@ class Connection:
     After any exception it is of no use any more, and must be closed.
     """
 
-    __slots__ = ("_data", "_owner", "_patience", "_position", "_sock", "deadline", "run_id")
+    __slots__ = ("_data", "_owner", "_patience", "_position", "_sock", "deadline", "received", "run_id", "sent")
 
     def __init__(self, owner: Any, sock: socket.socket) -> None:
         self._owner = owner  # valkey-py's connection: closes the socket, without a goodbye after a fork
@@ -65,12 +65,14 @@ class Connection:
         self._patience = 0.0  # how long the socket waits, as it was last set
         self.deadline = 0.0
         self.run_id = b""
+        self.sent = self.received = 0  # bytes, of which the pool takes note
 
     def close(self) -> None:
         self._owner.disconnect()
 
     def send(self, packed: bytes) -> None:
         """Send packed commands. Raises LostConnectionError."""
+        self.sent += len(packed)
         try:
             # In pieces, because the patience of the socket is for each of them.
             for start in range(0, len(packed), _SEND):
@@ -165,6 +167,7 @@ class Connection:
             raise LostConnectionError(_reason(error, "waiting for an answer")) from error
         if not data:
             raise LostConnectionError("the server closed the connection")
+        self.received += len(data)
         return data
 
     def _set_patience(self) -> None:

@@ -1,0 +1,108 @@
+"""Counting what a storage does, so cheaply that it is always done."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from itertools import count
+from time import monotonic
+from typing import Final
+
+from ..errors import StateError
+from ..operations import Commit, Lease, Listing, Operation, Outcome, Query
+
+TOTAL: Final = 64
+"""Where a histogram has the sum of its values. At n < 64 it has how many values took n bits, that is, were less than
+2**n and at least half of that."""
+
+TIMED_ONE_IN: Final = 16
+"""Where a storage waits for nothing, a call is so short that two looks at the clock are much: so many are not timed,
+but one."""
+
+KINDS: Final = (Query, Commit, Lease, Listing)
+
+
+class Tally:
+    """The numbers of one storage. Thread-safe by `lock`: hold it to change or read any of them.
+
+    `alone` is the exception. An operation that is carried out by itself draws a number there, which needs no lock: a
+    lock, or numbers of each thread's own, would cost a call on the memory backend twice as much.
+    """
+
+    def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Count from zero: at first, and in the child of a fork."""
+        self.since = monotonic()
+        self.lock = threading.Lock()
+        self.alone = {kind: count() for kind in KINDS}
+        self._looks = 0  # how often `operations` drew numbers that stand for no operation
+        self._grouped = dict.fromkeys(KINDS, 0)
+        self.groups = [0] * (TOTAL + 1)  # sizes of groups of at least two
+        self.latency = {kind: [0] * (TOTAL + 1) for kind in KINDS}  # nanoseconds
+        self.errors = Counter[str]()
+        self.attempts_repeated = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.cache_evictions = 0
+        self.cache_misses = 0
+        self.connections_opened = 0
+        self.degraded_calls = 0
+
+    def note(self, operations: Sequence[Operation], outcomes: Sequence[Outcome | StateError], nanoseconds: int) -> None:
+        """Count operations that were carried out together, in that time."""
+        size = len(operations)
+        if size == 1:
+            kind = type(operations[0])
+            next(self.alone[kind])
+            self.took(kind, nanoseconds)
+            if isinstance(outcomes[0], StateError):
+                self.failed(outcomes[0])
+            return
+        with self.lock:
+            self.groups[size.bit_length()] += 1
+            self.groups[TOTAL] += size
+            for kind, times in Counter(map(type, operations)).items():
+                self._grouped[kind] += times
+                row = self.latency[kind]
+                row[nanoseconds.bit_length()] += times
+                row[TOTAL] += nanoseconds * times
+            for outcome, times in Counter(map(type, outcomes)).items():
+                if issubclass(outcome, StateError):
+                    self.errors[outcome.__name__] += times
+
+    def took(self, kind: type[Operation], nanoseconds: int) -> None:
+        """An operation took so long."""
+        with self.lock:
+            row = self.latency[kind]
+            row[nanoseconds.bit_length()] += 1
+            row[TOTAL] += nanoseconds
+
+    def failed(self, error: StateError) -> None:
+        """An operation ended so."""
+        with self.lock:
+            self.errors[type(error).__name__] += 1
+
+    def read(self, size: int) -> None:
+        """Bytes were read."""
+        with self.lock:
+            self.bytes_read += size
+
+    def wrote(self, size: int) -> None:
+        """Bytes were written."""
+        with self.lock:
+            self.bytes_written += size
+
+    def add(self, **counts: int) -> None:
+        """Add to the numbers of these names."""
+        with self.lock:
+            for name, count_ in counts.items():
+                setattr(self, name, getattr(self, name) + count_)
+
+    def operations(self) -> tuple[dict[type[Operation], int], int]:
+        """How many there were, by kind; and how many of them were carried out by themselves. Hold the lock."""
+        drawn = {kind: next(numbers) - self._looks for kind, numbers in self.alone.items()}
+        self._looks += 1
+        return {kind: drawn[kind] + self._grouped[kind] for kind in KINDS}, sum(drawn.values())
