@@ -70,8 +70,8 @@ class LogFile:
 
     __slots__ = (
         "_left", "_pending", "adopted", "context_id", "discarded", "document", "entry", "file_lock", "flushed",
-        "folder", "identity", "image", "lapsed", "line_end", "lock", "modified", "names_checked", "path", "reader",
-        "size", "stem", "suspect", "synced", "trusted", "weight",
+        "folder", "identity", "image", "lapsed", "left_beside", "line_end", "lock", "modified", "names_checked", "path",
+        "reader", "size", "stem", "suspect", "synced", "trusted", "weight",
     )  # fmt: skip
 
     def __init__(self, folder: Folder, context_id: str, stem: str, *, trusted: bool) -> None:
@@ -99,6 +99,7 @@ class LogFile:
         self.suspect = False
         self.weight = 0
         self.names_checked: int | None = None  # `folder.names` when no document was beside the log
+        self.left_beside = False  # whether the document that the log was made from has yet to be put away
         self.line_end = 0  # where the last commit's line ends, or will
         self.entry = 0  # which flush of the folder was the last that may not cover the file's name
         self.flushed = 0  # up to where the file is taken to be on disk, where one does not wait for it
@@ -153,8 +154,7 @@ class LogFile:
         return True
 
     def _load(self) -> LogImage:
-        entry = self.folder.syncs_begun
-        reader = self.reader
+        entry, reader = self.folder.syncs_begun, self.reader
         try:
             reader.open()
             status = reader.status()
@@ -166,7 +166,7 @@ class LogFile:
                 status = reader.status()
                 image, self.adopted = reader.image(status.st_size)
             if image.log_end > 0:
-                self.left.is_there(self.adopted)
+                self.left_beside = self.left.is_there(self.adopted)
             else:
                 image = self._load_document()
         except FileNotFoundError:
@@ -292,7 +292,8 @@ class LogFile:
     def ready(self) -> LogImage:
         """Like `refresh`, for the holder of the lock who is about to write: puts right what crashes left undone."""
         image = self.refresh()
-        if self.identity is None or (self.trusted and self.size == image.log_end and not self.suspect):
+        untroubled = self.size == image.log_end and not self.suspect and not self.left_beside
+        if self.identity is None or (self.trusted and untroubled):
             return image
         if self.suspect:
             self._write_again()
@@ -313,6 +314,7 @@ class LogFile:
             self.forget()  # so that readers look at it too
             raise
         self.names_checked = names
+        self.left_beside = False
 
     def _cut(self, image: LogImage) -> None:
         _logger.warning(
@@ -464,8 +466,7 @@ class LogFile:
             raise self._unavailable(error, "flush") from error
 
     def _flush(self) -> None:
-        folder, reader = self.folder, self.reader
-        image = self.current
+        folder, reader, image = self.folder, self.reader, self.current
         if self.synced != image.log_end:
             if reader.fd < 0 and not self._reopen(image):
                 raise FileNotFoundError(2, "it was replaced while its lock was held")
