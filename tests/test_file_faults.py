@@ -412,6 +412,35 @@ def test_repair_copes_with_damage_anywhere(tmp_path: Path, place: bytes) -> None
     storage.close()
 
 
+def test_what_was_damaged_first_is_kept_when_it_is_damaged_again(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path, fsync="no")
+    path = tmp_path / "alice.jsonl"
+    originals = []
+    for name in ("first", "second"):
+        storage.call(append("alice", name))
+        storage.call(append("alice", "and another"))
+        damage(path, name.encode())
+        originals.append(path.read_bytes())
+        kept = storage.repair("alice").original
+    assert kept == str(tmp_path / "alice.jsonl.damaged2")
+    assert [(tmp_path / f"alice.jsonl.damaged{number}").read_bytes() for number in ("", 2)] == originals
+    storage.close()
+
+
+def test_a_repair_whose_name_may_not_be_on_disk_says_so_and_can_be_repeated(tmp_path: Path) -> None:
+    between = Between()
+    storage = FileStorage(tmp_path, file_system=between)
+    storage.call(append("alice", 1))
+    storage.call(append("alice", 2))
+    damage(tmp_path / "alice.jsonl", b'"content":"1"')
+    between.around = fail(errno.EIO, "sync_folder", after=1)
+    with pytest.raises(StateOutcomeUnknownError, match="repair again"):
+        storage.repair("alice")
+    assert storage.repair("alice").original is None
+    assert between.calls[-1] == "sync_folder"
+    storage.close()
+
+
 def test_what_never_reached_the_disk_before_a_checkpoint_is_cut_when_it_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
