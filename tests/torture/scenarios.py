@@ -26,7 +26,7 @@ from .linearizable import linearizable
 from .mounts import mounted_power, small_disk
 from .outages import outages
 from .places import scratch
-from .power import power
+from .power import grouped_power, power
 from .troubles import system_errors
 from .turns import clock_jumps, turns
 
@@ -90,6 +90,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "flipped-bits": Scenario(flipped_bits, 1000, 200_000),
     "power": Scenario(power, 500, 60_000),
     "power-after-errors": Scenario(partial(power, failing=True), 500, 60_000),
+    "power-lazily": Scenario(partial(power, lazily=True), 300, 20_000),
+    "power-of-groups": Scenario(grouped_power, 200, 20_000),
     "power-documents": Scenario(partial(power, layout="document"), 200, 20_000),
     "power-documents-errors": Scenario(partial(power, failing=True, layout="document"), 200, 20_000),
     "power-of-ext4": Scenario(mounted_power, 5, 5_000, forks=True),
