@@ -27,7 +27,7 @@ from .mounts import mounted_power, small_disk
 from .outages import outages
 from .places import scratch
 from .power import grouped_power, power
-from .troubles import system_errors
+from .troubles import kills_at_calls, system_errors
 from .turns import clock_jumps, turns
 
 Run = Callable[[Random, int, Figures], None]
@@ -86,6 +86,8 @@ def _lines(count: int, make: Callable[[Path, str], Any]) -> Run:
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "kills": Scenario(kills, 40, 10_000, forks=True),
+    "kills-at-calls": Scenario(kills_at_calls, 60, 10_000, forks=True),
+    "kills-at-calls-documents": Scenario(partial(kills_at_calls, layout="document"), 20, 2_000, forks=True),
     "torn-ends": Scenario(torn_ends, 300, 20_000),
     "flipped-bits": Scenario(flipped_bits, 1000, 200_000),
     "power": Scenario(power, 500, 60_000),
@@ -95,8 +97,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "power-documents": Scenario(partial(power, layout="document"), 200, 20_000),
     "power-documents-errors": Scenario(partial(power, failing=True, layout="document"), 200, 20_000),
     "power-of-ext4": Scenario(mounted_power, 5, 5_000, forks=True),
-    "system-errors": Scenario(system_errors, 50, 10_000),
-    "full-disk": Scenario(small_disk, 5, 300, forks=True),
+    "power-of-ext4-documents": Scenario(partial(mounted_power, layout="document"), 0, 500, forks=True),
+    "system-errors": Scenario(system_errors, 60, 10_000),
+    "system-errors-documents": Scenario(partial(system_errors, layout="document"), 20, 3_000),
+    "full-disk": Scenario(small_disk, 3, 300, forks=True),
+    "full-disk-documents": Scenario(partial(small_disk, layout="document"), 0, 100, forks=True),
     "locks": Scenario(holders, 5, 200, forks=True),
     "crowd-files": Scenario(partial(crowd, processes=3, threads=4), 3, 3, forks=True),
     "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
