@@ -202,9 +202,11 @@ def test_a_bad_line_in_the_middle_is_never_taken_for_torn(tmp_path: Path) -> Non
     path = tmp_path / "synced" / "alice.jsonl"
     content = path.read_bytes()
     begin = content.index(b"\n") + 1
-    path.write_bytes(content[:begin] + bytes(100) + content[begin + 100 :])
-    with pytest.raises(StateCorruptedError):
-        look(FileStorage(tmp_path / "synced"), "alice")
+    end = content.index(b"\n", begin) + 1
+    for first, last in ((begin, begin + 100), (begin, end), (begin + 5, end)):  # with its newline, and without
+        path.write_bytes(content[:first] + bytes(last - first) + content[last:])
+        with pytest.raises(StateCorruptedError):
+            look(FileStorage(tmp_path / "synced"), "alice")
 
 
 def test_a_group_that_did_not_reach_the_disk_in_order_is_torn(tmp_path: Path) -> None:
