@@ -18,7 +18,7 @@ from agentstate import FileStorage, InMemoryStorage, SyncConversationContext, Va
 from .cancels import cancels, exits, handlers
 from .crowd import crowd
 from .cuts import cuts
-from .damage import flipped_bits, torn_ends
+from .damage import flipped_bits, moved_lines, torn_documents, torn_ends
 from .figures import Figures
 from .holders import holders
 from .kills import kills
@@ -89,7 +89,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "kills-at-calls": Scenario(kills_at_calls, 60, 10_000, forks=True),
     "kills-at-calls-documents": Scenario(partial(kills_at_calls, layout="document"), 20, 2_000, forks=True),
     "torn-ends": Scenario(torn_ends, 300, 20_000),
-    "flipped-bits": Scenario(flipped_bits, 1000, 200_000),
+    "torn-documents": Scenario(torn_documents, 100, 5_000),
+    "flipped-bits": Scenario(flipped_bits, 600, 200_000),
+    "moved-lines": Scenario(moved_lines, 150, 20_000),
     "power": Scenario(power, 500, 60_000),
     "power-after-errors": Scenario(partial(power, failing=True), 500, 60_000),
     "power-lazily": Scenario(partial(power, lazily=True), 300, 20_000),

@@ -178,4 +178,3 @@ def _replayed(plot: Plot, told: str) -> tuple[list[Model], bool]:
         elif ended == "u":
             possible = distinct([*possible, *after])
     return possible, plot.steps[0] == REPAIR and told.startswith("d")
-
