@@ -201,8 +201,8 @@ def test_a_bad_line_in_the_middle_is_never_taken_for_torn(tmp_path: Path) -> Non
     storage.close()
     path = tmp_path / "synced" / "alice.jsonl"
     content = path.read_bytes()
-    begin = content.index(b"\n") + 1
-    end = content.index(b"\n", begin) + 1
+    end = content.rindex(b"\n", 0, -1) + 1  # of the last but one
+    begin = content.rindex(b"\n", 0, end - 1) + 1
     for first, last in ((begin, begin + 100), (begin, end), (begin + 5, end)):  # with its newline, and without
         path.write_bytes(content[:first] + bytes(last - first) + content[last:])
         with pytest.raises(StateCorruptedError):

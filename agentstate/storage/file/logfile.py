@@ -403,10 +403,10 @@ class LogFile:
             self._note(self.reader.status())
         except OSError as error:
             self.forget()
-            raise self._unknown(self._unavailable(error, "look at")) from error
+            raise self.unknown(self._unavailable(error, "look at")) from error
         if self.size != image.log_end:
             self.forget()
-            raise self._unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
+            raise self.unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
 
     def _appending(self, image: LogImage) -> int:
         """The file, open for appending; made if there is none. Raises OSError."""
@@ -423,10 +423,7 @@ class LogFile:
         return reader.fd
 
     def _take_back(self, data: bytes, written: int, offset: int) -> int:
-        """After a failed write: leave no fragment. Returns up to where the file holds complete lines.
-
-        Complete ones stay: readers may have seen them.
-        """
+        """After a failed write: leave no fragment. Says where complete lines, which readers may know, end."""
         fs, fd = self.folder.fs, self.reader.fd
         complete = data.rfind(b"\n", 0, written) + 1
         try:
@@ -488,7 +485,7 @@ class LogFile:
         except StateError as again:
             _logger.warning("%s: its flush failed, and it could not be written again yet: %s", self.path, again)
         self.forget()
-        return self._unknown(reason)
+        return self.unknown(reason)
 
     def _mark_suspect(self) -> None:
         """Tell all who are to write to the file that what it shows may not be on disk."""
@@ -540,7 +537,7 @@ class LogFile:
                 self.left.remove()
             except StateUnavailableError as error:
                 self.forget()
-                raise self._unknown(error) from error
+                raise self.unknown(error) from error
 
     def _clean_up(self, image: LogImage, now: int) -> None:
         """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""
@@ -621,7 +618,8 @@ class LogFile:
     def _unavailable(self, error: OSError, doing: str) -> StateUnavailableError:
         return unavailable(error, doing, self.path, self.context_id)
 
-    def _unknown(self, reason: object) -> StateOutcomeUnknownError:
+    def unknown(self, reason: object) -> StateOutcomeUnknownError:
+        """What to raise from `reason`, where a commit may be stored for good or not."""
         return StateOutcomeUnknownError(
             f"{str(reason).removesuffix('; nothing was done')}: whether it is stored for good is not known; "
             "the same call again with the same commit_id is applied at most once",
