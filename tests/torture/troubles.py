@@ -60,7 +60,8 @@ def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: 
     context = plot.open(states, file_system=seam, deadline=2.0)
     for step in plot.steps:
         while_ = f"while {failing.error} at call {failing.calls} of {plot}"
-        error = witness.call(context, step, insist=random.random() < 0.5 and not failing.failed)
+        insist = random.random() < 0.5 and not failing.failed and step != REPAIR
+        error = witness.call(context, step, insist=insist)
         if step == REPAIR:
             if error is not None:
                 break  # what is to be written to a damaged file?
