@@ -13,15 +13,15 @@ from typing import Any, Final, NamedTuple
 
 from servers import ValkeyServer, find_server
 
-from agentstate import FileStorage, InMemoryStorage, SyncConversationContext, ValkeyStorage
+from agentstate import FileStorage, InMemoryStorage, StateStorage, ValkeyStorage
 
-from .cancels import cancels, exits, handlers
+from .cancels import cancels, cancels_on_a_bad_line, exits, handlers
 from .crowd import crowd
 from .cuts import cuts
 from .damage import flipped_bits, moved_lines, torn_documents, torn_ends
 from .figures import Figures
 from .holders import holders
-from .kills import kills
+from .kills import kills, kills_of_clients
 from .linearizable import linearizable
 from .mounts import mounted_power, small_disk
 from .outages import outages
@@ -71,21 +71,19 @@ def _crowd_on_valkey(random: Random, rounds: int, figures: Figures, **options: A
         crowd(random, rounds, figures, url=server.url, **options)
 
 
-def _lines(count: int, make: Callable[[Path, str], Any]) -> Run:
+def _lines(count: int, make: Callable[[Path, str], StateStorage]) -> Run:
     def lines(random: Random, rounds: int, figures: Figures) -> None:
         with scratch() as folder, ValkeyServer(find_server("9.1")) as server:
-            linearizable(
-                random,
-                rounds,
-                figures,
-                make=lambda: [SyncConversationContext(make(folder, server.url)) for _ in range(count)],
-            )
+            linearizable(random, rounds, figures, make=lambda: [make(folder, server.url) for _ in range(count)])
 
     return lines
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "kills": Scenario(kills, 40, 10_000, forks=True),
+    "kills-documents": Scenario(partial(kills, layout="document"), 10, 2_000, forks=True),
+    "kills-valkey": Scenario(_beside_valkey(kills_of_clients, layout="log"), 10, 2_000, forks=True),
+    "kills-valkey-documents": Scenario(_beside_valkey(kills_of_clients, layout="document"), 0, 1_000, forks=True),
     "kills-at-calls": Scenario(kills_at_calls, 60, 10_000, forks=True),
     "kills-at-calls-documents": Scenario(partial(kills_at_calls, layout="document"), 20, 2_000, forks=True),
     "torn-ends": Scenario(torn_ends, 300, 20_000),
@@ -109,15 +107,21 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
     "crowd-valkey": Scenario(partial(_crowd_on_valkey, processes=3, threads=4), 3, 3, forks=True),
     "crowd-valkey-64": Scenario(_crowd_on_valkey, 0, 60, forks=True),
-    "linearizable-memory": Scenario(_lines(1, lambda _, url: InMemoryStorage()), 10, 3_000),
+    "linearizable-memory": Scenario(_lines(1, lambda *_: InMemoryStorage()), 10, 3_000),
     "linearizable-files": Scenario(_lines(2, lambda folder, _: FileStorage(folder)), 10, 3_000),
+    "linearizable-documents": Scenario(_lines(2, lambda folder, _: FileStorage(folder, layout="document")), 5, 3_000),
     "linearizable-valkey": Scenario(_lines(2, lambda _, url: ValkeyStorage(url)), 10, 3_000),
+    "linearizable-valkey-documents": Scenario(
+        _lines(2, lambda _, url: ValkeyStorage(url, layout="document")), 5, 3_000
+    ),
     "cuts": Scenario(_beside_valkey(cuts), 150, 100_000),
     "cuts-8.1": Scenario(_beside_valkey(cuts, "8.1"), 30, 10_000),
     "cuts-documents": Scenario(_beside_valkey(cuts, layout="document"), 30, 10_000),
     "outages": Scenario(_beside_valkey(outages), 8, 160),
     "cancels-files": Scenario(_on_files(cancels), 200, 10_000),
     "cancels-valkey": Scenario(_on_valkey(cancels), 200, 10_000),
+    "cancels-documents": Scenario(_on_files(cancels, layout="document"), 100, 10_000),
+    "cancels-cuts": Scenario(_beside_valkey(cancels_on_a_bad_line), 100, 10_000),
     "exits": Scenario(exits, 5, 200),
     "handlers": Scenario(handlers, 24, 2_000),
     "clock-jumps-files": Scenario(_on_files(clock_jumps), 6, 300),
