@@ -118,6 +118,21 @@ def test_clearing_leaves_nothing_of_the_document(tmp_path: Path) -> None:
     storage.close()
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_an_adoption_that_was_cut_short_is_finished_by_the_next_write(tmp_path: Path, exclusive: bool) -> None:
+    left_by_agentup(tmp_path, "alice")
+    storage = FileStorage(tmp_path)
+    storage.call(append("alice", "new"))
+    storage.close()
+    (tmp_path / "alice.json.adopted").rename(tmp_path / "alice.json")  # as a crash before that step leaves it
+    storage = FileStorage(tmp_path, exclusive=exclusive)
+    storage.call(append("alice", "newer"))
+    assert logs(tmp_path) == {"alice.jsonl", "alice.json.adopted"}
+    storage.call(clear("alice"))
+    assert logs(tmp_path) == {"alice.jsonl"}
+    storage.close()
+
+
 def test_a_document_that_appears_over_its_log_is_a_conflict(tmp_path: Path) -> None:
     left_by_agentup(tmp_path, "alice")
     storage = FileStorage(tmp_path)

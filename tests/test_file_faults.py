@@ -116,26 +116,59 @@ def test_a_short_write_leaves_whole_commits_or_nothing(tmp_path: Path, fixable: 
         storage.close()
 
 
-def test_a_commit_whose_checkpoint_did_not_fit_is_done(tmp_path: Path) -> None:
-    base = FileStorage(tmp_path / "base")
+def up_to_a_checkpoint(folder: Path) -> tuple[FileStorage, Between, int, int]:
+    """A storage whose next append of the number returned writes a checkpoint too, at the offset returned."""
+    base = FileStorage(folder / "base")
+    path = folder / "base" / "alice.jsonl"
     number = 0
-    while b"checkpoint" not in (tmp_path / "base" / "alice.jsonl").read_bytes() if number else True:
+    while number == 0 or b"checkpoint" not in path.read_bytes():
         base.call(append("alice", "x" * 300, commit_id=f"n{number}"))
         number += 1
-    content = (tmp_path / "base" / "alice.jsonl").read_bytes()
-    checkpoint = content.index(b'{"checkpoint"')
+    base.close()
     between = Between()
-    storage = FileStorage(tmp_path / "other", file_system=between)
+    storage = FileStorage(folder / "other", file_system=between)
     for earlier in range(number - 1):
         storage.call(append("alice", "x" * 300, commit_id=f"n{earlier}"))
-    written = (tmp_path / "other" / "alice.jsonl").stat().st_size
-    between.around = on_a_full_disk(checkpoint - written + 50)
-    storage.call(append("alice", "x" * 300, commit_id=f"n{number - 1}"))
+    written = (folder / "other" / "alice.jsonl").stat().st_size
+    return storage, between, number - 1, path.read_bytes().index(b'{"checkpoint"') - written
+
+
+def test_a_commit_whose_checkpoint_did_not_fit_is_done(tmp_path: Path) -> None:
+    storage, between, number, room = up_to_a_checkpoint(tmp_path)
+    between.around = on_a_full_disk(room + 50)
+    storage.call(append("alice", "x" * 300, commit_id=f"n{number}"))
     between.around = fail(0)
-    assert len(texts(FileStorage(tmp_path / "other"), "alice")) == number
-    storage.call(append("alice", "after"))
     assert len(texts(FileStorage(tmp_path / "other"), "alice")) == number + 1
-    base.close()
+    storage.call(append("alice", "after"))
+    assert len(texts(FileStorage(tmp_path / "other"), "alice")) == number + 2
+    storage.close()
+
+
+def test_a_commit_whose_checkpoint_did_not_fit_is_unknown_where_nobody_can_look(tmp_path: Path) -> None:
+    storage, between, number, room = up_to_a_checkpoint(tmp_path)
+    full = on_a_full_disk(room + 50)
+    failed: list[str] = []
+
+    def around(name: str, call: Any, arguments: tuple[Any, ...]) -> Any:
+        if failed:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if name != "write":
+            return call(*arguments)
+        try:
+            return full(name, call, arguments)
+        except OSError:
+            failed.append(name)
+            raise
+
+    between.around = around
+    last = append("alice", "x" * 300, commit_id=f"n{number}")
+    with pytest.raises(StateOutcomeUnknownError) as caught:
+        storage.call(last)
+    assert caught.value.commit_id == f"n{number}"
+    between.around = fail(0)
+    assert len(texts(FileStorage(tmp_path / "other"), "alice")) == number + 1
+    storage.call(last)
+    assert len(texts(storage, "alice")) == number + 1
     storage.close()
 
 
@@ -409,6 +442,35 @@ def test_repair_copes_with_damage_anywhere(tmp_path: Path, place: bytes) -> None
     assert len(texts(FileStorage(tmp_path), "alice")) == repaired.messages
     storage.call(append("alice", "after"))
     assert list(storage.verify()) == []
+    storage.close()
+
+
+def test_what_was_damaged_first_is_kept_when_it_is_damaged_again(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path, fsync="no")
+    path = tmp_path / "alice.jsonl"
+    originals = []
+    for name in ("first", "second"):
+        storage.call(append("alice", name))
+        storage.call(append("alice", "and another"))
+        damage(path, name.encode())
+        originals.append(path.read_bytes())
+        kept = storage.repair("alice").original
+    assert kept == str(tmp_path / "alice.jsonl.damaged2")
+    assert [(tmp_path / f"alice.jsonl.damaged{number}").read_bytes() for number in ("", 2)] == originals
+    storage.close()
+
+
+def test_a_repair_whose_name_may_not_be_on_disk_says_so_and_can_be_repeated(tmp_path: Path) -> None:
+    between = Between()
+    storage = FileStorage(tmp_path, file_system=between)
+    storage.call(append("alice", 1))
+    storage.call(append("alice", 2))
+    damage(tmp_path / "alice.jsonl", b'"content":"1"')
+    between.around = fail(errno.EIO, "sync_folder", after=1)
+    with pytest.raises(StateOutcomeUnknownError, match="repair again"):
+        storage.repair("alice")
+    assert storage.repair("alice").original is None
+    assert between.calls[-1] == "sync_folder"
     storage.close()
 
 

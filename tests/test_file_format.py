@@ -201,10 +201,12 @@ def test_a_bad_line_in_the_middle_is_never_taken_for_torn(tmp_path: Path) -> Non
     storage.close()
     path = tmp_path / "synced" / "alice.jsonl"
     content = path.read_bytes()
-    begin = content.index(b"\n") + 1
-    path.write_bytes(content[:begin] + bytes(100) + content[begin + 100 :])
-    with pytest.raises(StateCorruptedError):
-        look(FileStorage(tmp_path / "synced"), "alice")
+    end = content.rindex(b"\n", 0, -1) + 1  # of the last but one
+    begin = content.rindex(b"\n", 0, end - 1) + 1
+    for first, last in ((begin, begin + 100), (begin, end), (begin + 5, end)):  # with its newline, and without
+        path.write_bytes(content[:first] + bytes(last - first) + content[last:])
+        with pytest.raises(StateCorruptedError):
+            look(FileStorage(tmp_path / "synced"), "alice")
 
 
 def test_a_group_that_did_not_reach_the_disk_in_order_is_torn(tmp_path: Path) -> None:

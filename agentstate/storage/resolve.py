@@ -194,7 +194,7 @@ def only_adds(commit: Commit, image: Image) -> bool:
 
     So of an existing context, without any condition, and not applied before: `resolve` would find the same.
     """
-    _, changes, commit_id, user, fence, absent, idle_for, expect, _, _ = commit
+    _, changes, commit_id, user, fence, absent, idle_for, expect, _, _, _ = commit
     if (
         not image.exists
         or fence is not None

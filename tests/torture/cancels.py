@@ -15,68 +15,138 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from agentstate import ConversationContext, FileStorage, StateStorage, SyncConversationContext, stateful
+from servers import HOST, ValkeyServer
+
+from agentstate import (
+    ConversationContext,
+    FileStorage,
+    StateStorage,
+    SyncConversationContext,
+    ValkeyStorage,
+    stateful,
+)
 from agentstate.errors import StateError, StateOutcomeUnknownError
+from agentstate.testing.faults import FaultProxy
 
 from .figures import Figures
-from .model import Model, Steps, observed, perform_async
+from .model import Model, Step, Steps, observed, perform_async
 from .places import scratch
 from .witness import accuse, distinct
 
-_PER_LOOP = 200
+_PER_CONVERSATION = 25
+_CONVERSATIONS = 8
 
 
-def cancels(random: Random, rounds: int, figures: Figures, *, make: Callable[[], StateStorage]) -> None:
-    """`rounds` calls, each cancelled after some passes of the loop or some time, on many loops after each other."""
+def cancels(
+    random: Random,
+    rounds: int,
+    figures: Figures,
+    *,
+    make: Callable[[], StateStorage],
+    disturb: Callable[[Random], None] | None = None,
+) -> None:
+    """`rounds` calls, each cancelled after some passes of the loop or some time, on many loops after each other.
+
+    Those of several conversations are under way at a time, so that they wait for each other, and travel together.
+    `disturb` asks for a fault that makes the library try again.
+    """
     storage = make()
-    number = 0
     while figures.faults < rounds:
-        number += 1
-        asyncio.run(_cancel(ConversationContext(storage), number, random, rounds, figures))
+        asyncio.run(_on_a_loop(ConversationContext(storage), random, rounds, figures, disturb))
     storage.close()
 
 
-async def _cancel(context: ConversationContext, number: int, random: Random, rounds: int, figures: Figures) -> None:
-    context_id = f"cancel-{number}-{random.getrandbits(24)}"
-    steps = Steps(random, large=False)
-    possible = [Model()]
-    for index in range(_PER_LOOP):
-        if figures.faults >= rounds:
-            break
-        step = next(steps)
-        after = [model.after(step) for model in possible]
-        begin = time.monotonic()
-        task = asyncio.create_task(perform_async(context, context_id, step))
-        if random.random() < 0.5:
-            for _ in range(random.randrange(12)):
+async def _on_a_loop(
+    context: ConversationContext,
+    random: Random,
+    rounds: int,
+    figures: Figures,
+    disturb: Callable[[Random], None] | None,
+) -> None:
+    # Which of them comes first depends on the machine, so each has dice of its own.
+    conversations = [
+        _Cancelled(context, f"cancel-{random.getrandbits(32)}", Random(random.random()), figures, disturb)
+        for _ in range(_CONVERSATIONS)
+    ]
+    await asyncio.gather(*(conversation.run(rounds) for conversation in conversations))
+
+
+class _Cancelled:
+    """A conversation, whose every call is cancelled at some moment."""
+
+    def __init__(
+        self,
+        context: ConversationContext,
+        context_id: str,
+        random: Random,
+        figures: Figures,
+        disturb: Callable[[Random], None] | None,
+    ) -> None:
+        self.context = context
+        self.context_id = context_id
+        self.random = random
+        self.figures = figures
+        self.disturb = disturb
+        self.possible = [Model()]
+
+    async def run(self, rounds: int) -> None:
+        steps = Steps(self.random, large=False)
+        for index in range(_PER_CONVERSATION):
+            if self.figures.faults >= rounds:
+                break
+            self.figures.faults += 1
+            if self.disturb is not None and self.random.random() < 0.5:
+                self.disturb(self.random)
+            begin = time.monotonic()
+            await self._cancel(next(steps))
+            self.figures.took(time.monotonic() - begin, self.context.storage.deadline, "a cancelled call")
+            await self._look(f"cancelled call {index}")
+        await asyncio.sleep(0.01)
+        await self._look("afterwards")
+        await self.context.clear_context(self.context_id)
+
+    async def _cancel(self, step: Step) -> None:
+        after = [model.after(step) for model in self.possible]
+        task = asyncio.create_task(perform_async(self.context, self.context_id, step))
+        if self.random.random() < 0.5:
+            for _ in range(self.random.randrange(12)):
                 await asyncio.sleep(0)
         else:
-            await asyncio.sleep(random.random() * 0.002)
+            await asyncio.sleep(self.random.random() * 0.004)
         task.cancel()
-        figures.faults += 1
         try:
             answer = await task
         except asyncio.CancelledError as cancelled:
             # Known or not, it happened whole or not at all; and what is so now, stays so.
-            figures.unknown += isinstance(cancelled.__cause__, StateOutcomeUnknownError)
-            possible = distinct([*possible, *(model for model, _ in after)])
+            self.figures.unknown += isinstance(cancelled.__cause__, StateOutcomeUnknownError)
+            self.possible = distinct([*self.possible, *(model for model, _ in after)])
         except StateError as error:
-            figures.fail_silently(f"a call that was cancelled raised {error!r}")
+            self.figures.fail_silently(f"a call that was cancelled raised {error!r}")
         else:
-            possible = distinct([model for model, expected in after if expected == answer])
-            if not possible:
-                figures.fail_silently(f"{step} answered {answer!r}")
-                possible = [model for model, _ in after]
-        figures.took(time.monotonic() - begin, context.storage.deadline, step.name)
-        seen = observed(await context.get_state(context_id))
-        if seen not in possible:
-            accuse(figures, seen, possible, f"{context_id}, cancelled call {index}")
-        possible = [seen]
-    await asyncio.sleep(0.01)
-    seen = observed(await context.get_state(context_id))
-    if seen not in possible:
-        accuse(figures, seen, possible, f"{context_id}, afterwards")
-    await context.clear_context(context_id)
+            self.possible = distinct([model for model, expected in after if expected == answer])
+            if not self.possible:
+                self.figures.fail_silently(f"{step} answered {answer!r}")
+                self.possible = [model for model, _ in after]
+
+    async def _look(self, when: str) -> None:
+        seen = observed(await self.context.get_state(self.context_id))
+        if seen not in self.possible:
+            accuse(self.figures, seen, self.possible, f"{self.context_id}, {when}")
+        self.possible = [seen]
+
+
+def cancels_on_a_bad_line(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer) -> None:
+    """The same through a proxy that cuts connections, so that calls are cancelled while they are tried again."""
+    with FaultProxy(HOST, server.port) as proxy:
+
+        def disturb(random: Random) -> None:
+            cut = random.choice((proxy.cut_request, proxy.cut_reply))
+            cut(random.randrange(200))
+
+        def make() -> StateStorage:
+            return ValkeyStorage(f"valkey://{HOST}:{proxy.port}/0", key_prefix="cancels:")
+
+        cancels(random, rounds, figures, make=make, disturb=disturb)
 
 
 _WRITER = """

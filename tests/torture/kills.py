@@ -6,11 +6,15 @@ import os
 import select
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from agentstate import FileStorage, SyncConversationContext
+from servers import ValkeyServer
+
+from agentstate import FileStorage, StateStorage, SyncConversationContext, ValkeyStorage
 
 from .figures import Figures
 from .model import Model, Step, Steps, observed, perform
@@ -19,22 +23,35 @@ from .witness import Witness, accuse, distinct
 
 _BEGUN: Final = b"b"
 _DONE: Final = b"d"
-_OPTIONS: Final[tuple[dict[str, Any], ...]] = ({}, {}, {"fsync": "no"}, {"fsync": "everysec"})
+_FSYNC: Final = ("always", "always", "no", "everysec")
+_STORES: Final = 8
 
 
-def kills(random: Random, rounds: int, figures: Figures, *, url: str | None = None) -> None:
+def kills(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
     """Kill `rounds` writers: 1 to 4 at a time, each on a conversation of its own and all on a common one."""
     with scratch(disk=True) as folder:
         number = 0
         while figures.faults < rounds:
             number += 1
-            _Round(folder / f"states-{number % 8}", number, random, figures).run()
+            states = folder / f"states-{number % _STORES}"
+            make = partial(FileStorage, states, layout=layout, fsync=random.choice(_FSYNC))
+            _Round(make, number, random, figures).run()
+            _look_for_debris(states, f"round {number}", figures)
+
+
+def kills_of_clients(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer, layout: str) -> None:
+    """The same with writers to a server, which goes on."""
+    number = 0
+    while figures.faults < rounds:
+        number += 1
+        make = partial(ValkeyStorage, server.url, key_prefix=f"kills-{number % _STORES}:", layout=layout)
+        _Round(make, number, random, figures).run()
 
 
 class _Writer:
     """A child that makes steps, and tells through a pipe when each begins and when it is done."""
 
-    def __init__(self, folder: Path, name: str, seed: int, first: int, options: dict[str, Any]) -> None:
+    def __init__(self, make: Callable[..., StateStorage], name: str, seed: int, first: int) -> None:
         self.name = name
         self.seed = seed
         self.first = first
@@ -43,14 +60,14 @@ class _Writer:
         if self.pid == 0:
             try:
                 os.close(self.pipe)
-                self._write(folder, write, options)
+                self._write(make(deadline=20.0), write)
             finally:
                 os._exit(1)
         os.close(write)
         self.told = b""
 
-    def _write(self, folder: Path, pipe: int, options: dict[str, Any]) -> None:
-        context = SyncConversationContext(FileStorage(folder, deadline=20.0, **options))
+    def _write(self, storage: StateStorage, pipe: int) -> None:
+        context = SyncConversationContext(storage)
         for place, step in self.steps():
             os.write(pipe, _BEGUN)
             perform(context, place, step)
@@ -102,8 +119,8 @@ def _common(name: str, first: int, number: int, random: Random) -> Step:
 class _Round:
     """Some writers, killed after a while; and then a look at everything."""
 
-    def __init__(self, folder: Path, number: int, random: Random, figures: Figures) -> None:
-        self.folder = folder
+    def __init__(self, make: Callable[..., StateStorage], number: int, random: Random, figures: Figures) -> None:
+        self.make = make
         self.number = number
         self.random = random
         self.figures = figures
@@ -112,13 +129,12 @@ class _Round:
         random, figures = self.random, self.figures
         before: dict[str, Model] = {}
         names = [f"w{index}" for index in range(random.choice((1, 1, 2, 4)))]
-        with SyncConversationContext(FileStorage(self.folder)) as context:
+        with SyncConversationContext(self.make()) as context:
             for name in names:
                 before[name] = observed(context.get_state(name))
             common = context.get_state("common")
             shares = {name: share(common, name) for name in names}
-        options = random.choice(_OPTIONS)
-        writers = [_Writer(self.folder, name, random.getrandbits(32), self.number, options) for name in names]
+        writers = [_Writer(self.make, name, random.getrandbits(32), self.number) for name in names]
         pipes = [writer.pipe for writer in writers]
         select.select(pipes, (), (), 10.0)
         time.sleep(random.random() ** 2 * 0.03)
@@ -126,7 +142,7 @@ class _Round:
             writer.kill()
             figures.faults += 1
         begin = time.monotonic()
-        with SyncConversationContext(FileStorage(self.folder)) as context:
+        with SyncConversationContext(self.make()) as context:
             common = context.get_state("common")
             for writer in writers:
                 self._compare(context, writer, before[writer.name], shares[writer.name], common)
@@ -141,7 +157,6 @@ class _Round:
                 for name in (*names, "common", "next"):
                     context.clear_context(name)
         figures.took(time.monotonic() - begin, 5.0, f"the first calls after the kill of round {self.number}")
-        self._debris()
 
     def _compare(
         self, context: SyncConversationContext, writer: _Writer, own: Model, portion: Model, common: Any
@@ -163,13 +178,14 @@ class _Round:
             if model not in possible[place] and not (place == "common" and _same(model, possible[place])):
                 accuse(figures, model, possible[place], f"{when}, in {place}")
 
-    def _debris(self) -> None:
-        """No more than a file and perhaps a half-written successor for each conversation."""
-        names = [path.name for path in self.folder.iterdir()]
-        strange = [name for name in names if not name.startswith(".") and ".jsonl" not in name]
-        spare = [name for name in names if name.endswith(".new")]
-        if strange or len(spare) > 6:
-            self.figures.fail_silently(f"round {self.number}: debris {strange} {spare}")
+
+def _look_for_debris(folder: Path, when: str, figures: Figures) -> None:
+    """No more than a file and perhaps a half-written successor for each conversation."""
+    names = [path.name for path in folder.iterdir()]
+    strange = [name for name in names if not name.startswith(".") and ".json" not in name]
+    spare = [name for name in names if name.endswith(".new")]
+    if strange or len(spare) > 6:
+        figures.fail_silently(f"{when}: debris {strange} {spare}")
 
 
 def _same(model: Model, possible: list[Model]) -> bool:

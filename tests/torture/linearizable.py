@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from agentstate import SyncConversationContext
+from agentstate import ConversationContext, StateStorage, SyncConversationContext
 from agentstate.errors import StateError
 
 from .figures import Figures
-from .model import Model, Step, observed, perform
+from .model import Model, Step, observed, perform, perform_async
 
 READ: Final = "get_state"
 
@@ -61,63 +62,99 @@ def linearizable(
     rounds: int,
     figures: Figures,
     *,
-    make: Callable[[], list[SyncConversationContext]],
+    make: Callable[[], list[StateStorage]],
     threads: int = 4,
     calls: int = 8,
 ) -> None:
-    """`rounds` histories: threads, through several storages on one store, do what they like to one conversation."""
-    contexts = make()
-    try:
-        for number in range(rounds):
-            context_id = f"line-{number}-{random.getrandbits(24)}"
-            record: list[Call] = []
-            workers = [
-                threading.Thread(
-                    target=_work,
-                    args=(contexts[index % len(contexts)], context_id, index, Random(random.random()), calls, record),
+    """`rounds` histories: threads, through several storages on one store and through both kinds of contexts, do what
+    they like to one conversation."""
+    storages = make()
+    for number in range(rounds):
+        context_id = f"line-{number}-{random.getrandbits(24)}"
+        record: list[Call] = []
+        workers = []
+        for index in range(threads):
+            steps = _Steps(index, Random(random.random()), calls)
+            storage = storages[index % len(storages)]
+            # Half of them, and on each of the storages.
+            target = _work_async if index // 2 % 2 else _work
+            workers.append(threading.Thread(target=target, args=(storage, context_id, steps, record)))
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        figures.faults += 1
+        for call in record:
+            figures.took(call.end - call.begin, storages[0].deadline, call.step.name)
+        if len(record) != threads * calls:
+            figures.fail_silently(f"history {number}: {threads * calls - len(record)} calls raised")
+        if not is_linearizable(record):
+            figures.fail_silently(f"history {number} of {len(record)} calls is not linearizable")
+        SyncConversationContext(storages[0]).clear_context(context_id)
+    for storage in storages:
+        storage.close()
+
+
+class _Steps:
+    """What one of the threads does."""
+
+    def __init__(self, worker: int, random: Random, calls: int) -> None:
+        self.worker = worker
+        self.random = random
+        self.calls = calls
+
+    def __iter__(self) -> Iterator[Step]:
+        for number in range(self.calls):
+            content = f"{self.worker}-{number}"
+            yield self.random.choice(
+                (
+                    Step("add_to_history", ("user", content)),
+                    Step("increment_variable", ("n", 1)),
+                    Step("pop_history", (1,)),
+                    Step("set_variable", ("a", content)),
+                    Step("delete_variable", ("a",)),
+                    Step("clear_context", ()),
+                    Step("batch", (Step("add_to_history", ("user", content)), Step("increment_variable", ("n", 1)))),
+                    Step(READ, ()),
+                    Step(READ, ()),
                 )
-                for index in range(threads)
-            ]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            figures.faults += 1
-            for call in record:
-                figures.took(call.end - call.begin, contexts[0].storage.deadline, call.step.name)
-            if len(record) != threads * calls:
-                figures.fail_silently(f"history {number}: {threads * calls - len(record)} calls raised")
-            if not is_linearizable(record):
-                figures.fail_silently(f"history {number} of {len(record)} calls is not linearizable")
-            contexts[0].clear_context(context_id)
-    finally:
-        for context in contexts:
-            context.close()
-
-
-def _work(
-    context: SyncConversationContext, context_id: str, worker: int, random: Random, calls: int, record: list[Call]
-) -> None:
-    for number in range(calls):
-        content = f"{worker}-{number}"
-        step = random.choice(
-            (
-                Step("add_to_history", ("user", content)),
-                Step("increment_variable", ("n", 1)),
-                Step("pop_history", (1,)),
-                Step("set_variable", ("a", content)),
-                Step("delete_variable", ("a",)),
-                Step("clear_context", ()),
-                Step("batch", (Step("add_to_history", ("user", content)), Step("increment_variable", ("n", 1)))),
-                Step(READ, ()),
-                Step(READ, ()),
             )
-        )
+
+
+def _work(storage: StateStorage, context_id: str, steps: _Steps, record: list[Call]) -> None:
+    context = SyncConversationContext(storage)
+    for step in steps:
         begin = time.monotonic()
         try:
-            answer = (
-                observed(context.get_state(context_id)) if step.name == READ else perform(context, context_id, step)
-            )
+            if step.name == READ:
+                answer: Any = observed(context.get_state(context_id))
+            else:
+                answer = perform(context, context_id, step)
+        except StateError:
+            return
+        record.append(Call(begin, time.monotonic(), step, answer))
+
+
+def _work_async(storage: StateStorage, context_id: str, steps: _Steps, record: list[Call]) -> None:
+    async def work() -> None:
+        context = ConversationContext(storage)
+        # Two calls are under way at a time, which may travel together.
+        supply = iter(steps)
+        await asyncio.gather(*(_one_after_another(context, context_id, supply, record) for _ in range(2)))
+
+    asyncio.run(work())
+
+
+async def _one_after_another(
+    context: ConversationContext, context_id: str, supply: Iterator[Step], record: list[Call]
+) -> None:
+    for step in supply:
+        begin = time.monotonic()
+        try:
+            if step.name == READ:
+                answer: Any = observed(await context.get_state(context_id))
+            else:
+                answer = await perform_async(context, context_id, step)
         except StateError:
             return
         record.append(Call(begin, time.monotonic(), step, answer))

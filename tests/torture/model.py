@@ -18,6 +18,10 @@ class Step(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+REPAIR: Final = Step("repair", ())
+"""Not a call of a context, but of its storage: it saves what is intact of a damaged conversation."""
+
+
 @dataclass
 class Model:
     """What has to be stored after some steps."""
@@ -70,6 +74,8 @@ class Model:
             case "batch":
                 for inner in arguments:
                     self._apply(inner)
+            case "repair":  # the model is what is intact
+                pass
             case name:
                 raise ValueError(name)
         return None
@@ -80,6 +86,10 @@ def perform(context: SyncConversationContext, context_id: str, step: Step, commi
     if step.name == "batch":
         with context.batch(context_id, commit_id=commit_id) as batch:
             _fill(batch, step)
+        return None
+    if step == REPAIR:
+        repair: Callable[[str], Any] = context.storage.repair  # type: ignore[attr-defined]
+        repair(context_id)
         return None
     method: Callable[..., Any] = getattr(context, step.name)
     return _plain(step, method(context_id, *step.arguments, commit_id=commit_id))

@@ -1,141 +1,198 @@
-"""Real disks, where this machine lets us mount them: an ext4 image that loses power, and a disk of a few pages."""
+"""Real disks, where this machine lets us mount them: ext4 images that lose power, and a disk of a few pages.
+
+What is mounted is seen by the process of the scenario alone, and is gone with it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
-import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from agentstate import FileStorage, SyncConversationContext
+from agentstate.errors import StateOutcomeUnknownError, StateUnavailableError
 
 from .figures import Figures
-from .model import Steps
+from .model import Step, Steps
 from .places import scratch
-from .troubles import full_disk
+from .power import power
+from .seam import CHANGING, Failing, Seam
 from .witness import Witness
 
 _IMAGE_BYTES: Final = 16 * 1024 * 1024
-_PER_IMAGE: Final = 40
 
 
 class CannotMountError(Exception):
     """This machine does not let us."""
 
 
-def mounted_power(random: Random, rounds: int, figures: Figures) -> None:
-    """An ext4 image is copied right after each acknowledgement: what a disk holds if the power fails then.
+# --- power ----------------------------------------------------------------------------------------------------------
 
-    The copy is mounted (its journal is replayed) and looked at. Needs root and loop mounts; without them it makes no
-    round, which shows in the figures.
+
+def mounted_power(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
+    """The power fails at every change of an ext4 disk: its image is copied, and the copy is mounted and looked at.
+
+    Mounting it replays its journal. Needs root and loop mounts; without them it makes no round, which shows in the
+    figures.
     """
-    if not can_mount():
-        return
-    with scratch() as folder:
-        number = 0
-        while figures.faults < rounds:
-            number += 1
-            _ImageCuts(folder, number, random, rounds, figures).run()
+    if _can_mount_images() and _enter_namespace():
+        power(random, rounds, figures, layout=layout, disk=mounted)
 
 
-class _ImageCuts:
-    def __init__(self, folder: Path, number: int, random: Random, rounds: int, figures: Figures) -> None:
-        self.random = random
-        self.rounds = rounds
-        self.figures = figures
-        self.number = number
-        self.image = folder / "disk.ext4"
-        self.copy = folder / "copy.ext4"
-        self.disk = folder / "disk"
-        self.after = folder / "after"
+class _Mounted:
+    """An image that is mounted at `root`."""
 
-    def run(self) -> None:
-        with self.image.open("wb") as file:
-            file.truncate(_IMAGE_BYTES)
-        _run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(self.image))
-        for place in (self.disk, self.after):
-            place.mkdir(exist_ok=True)
-        _run("mount", "-o", "loop", str(self.image), str(self.disk))
-        try:
-            storage = FileStorage(self.disk / "states")
-            context = SyncConversationContext(storage)
-            witness = Witness(self.figures, "alice")
-            steps = Steps(self.random)
-            for index in range(_PER_IMAGE):
-                if self.figures.faults >= self.rounds:
-                    break
-                witness.call(context, next(steps))
-                shutil.copyfile(self.image, self.copy)
-                self.figures.faults += 1
-                self._look(witness, f"image {self.number}, power cut after call {index}")
-            storage.close()
-        finally:
-            _run("umount", str(self.disk))
+    def __init__(self, root: Path, image: Path) -> None:
+        self.root = root
+        self.seam = Seam(self._around)
+        self.failing: Failing | None = None
+        self.watch: Callable[[str], None] = lambda name: None
+        self._image = image
 
-    def _look(self, witness: Witness, when: str) -> None:
-        _run("mount", "-o", "loop", str(self.copy), str(self.after))
-        try:
-            twin = Witness(self.figures, "alice")
-            twin.possible = witness.possible
-            with SyncConversationContext(FileStorage(self.after / "states", fsync="no")) as context:
-                error = twin.look(context, when)
-            if error is not None:
-                self.figures.lose(f"{when}: {error}")
-        finally:
-            _run("umount", str(self.after))
+    def _around(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        result = call(*arguments)
+        if name in CHANGING:
+            self.watch(name)
+        return result
+
+    def after(self, random: Random) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+        yield "image copied", self._copied()
+
+    @contextmanager
+    def _copied(self) -> Iterator[Path]:
+        copy, place = self._image.with_name("copy.ext4"), self._image.with_name("after")
+        shutil.copyfile(self._image, copy)
+        place.mkdir(exist_ok=True)
+        with _mount("-o", "loop", str(copy), place):
+            yield place
 
 
-def can_mount() -> bool:
-    """Whether an image can be mounted here."""
+@contextmanager
+def mounted(folder: Path, lay_out: Callable[[Path], object]) -> Iterator[_Mounted]:
+    """A new disk in this folder, on which `lay_out` has put something that is there for good."""
+    image, root = folder / "disk.ext4", folder / "disk"
+    root.mkdir(exist_ok=True)
+    _make_image(image, _IMAGE_BYTES)
+    with _mount("-o", "loop", str(image), root):
+        lay_out(root)
+        os.sync()
+        yield _Mounted(root, image)
+
+
+def _make_image(image: Path, size: int) -> None:
+    with image.open("wb") as file:
+        file.truncate(size)
+    _run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(image))
+
+
+def _can_mount_images() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
         return False
     with scratch() as folder:
         image = folder / "probe.ext4"
-        with image.open("wb") as file:
-            file.truncate(4 * 1024 * 1024)
         try:
-            _run("mkfs.ext4", "-q", "-F", str(image))
-            _run("mount", "-o", "loop", str(image), str(folder))
+            _make_image(image, 4 * 1024 * 1024)
+            with _mount("-o", "loop", str(image), folder):
+                return True
         except CannotMountError:
             return False
-        _run("umount", str(folder))
-        return True
 
 
-def small_disk(random: Random, rounds: int, figures: Figures) -> None:
-    """`full_disk` on a tmpfs of 256 kB in a mount namespace of a child; no rounds where there can be none."""
-    if sys.platform != "linux" or threading.active_count() > 1:
-        return
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+# --- a disk of a few pages ------------------------------------------------------------------------------------------
+
+
+def small_disk(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
+    """A tmpfs of 256 kB that is full, has space again, is read-only; no rounds where there can be none."""
+    with scratch() as folder:
         try:
-            os.close(read)
-            with scratch() as folder:
-                if _enter_namespace(folder):
-                    full_disk(folder, random, rounds, figures)
-                os.write(write, figures.to_json().encode())
-                _run("umount", "-l", str(folder))
+            if sys.platform != "linux" or not _enter_namespace():
+                return
+            with _mount("-t", "tmpfs", "-o", "size=256k", "tmpfs", folder):
+                for number in range(rounds):
+                    _Small(folder / str(number % 2), random, figures, layout).run()
         except CannotMountError:
-            pass
+            return
+
+
+class _Small:
+    """One conversation on a small disk."""
+
+    def __init__(self, folder: Path, random: Random, figures: Figures, layout: str) -> None:
+        self.folder = folder
+        self.disk = folder.parent
+        self.figures = figures
+        self.layout = layout
+        self.witness = Witness(figures, "alice")
+        self.steps = Steps(random, clears=False)
+        self.times = random.randint(1, 4)
+
+    def _open(self) -> SyncConversationContext:
+        return SyncConversationContext(FileStorage(self.folder, layout=self.layout, deadline=2.0))
+
+    def run(self) -> None:
+        with self._open() as context:
+            self.witness.call(context, next(self.steps))
+            for _ in range(self.times):
+                with self._full():
+                    for _ in range(3):
+                        self.witness.call(context, next(self.steps), insist=True)
+                        self.witness.look(context, "on a full disk")
+                self._goes_on(context, "on a disk with space again")
+        # (A disk is made read-only only while no file is open for writing.)
+        with self._read_only(), self._open() as context:
+            error = self.witness.look(context, "on a read-only disk")
+            if error is not None:
+                self.figures.fail_silently(f"a read from a read-only disk: {error!r}")
+            error = self.witness.call(context, Step("add_to_history", ("user", "on a read-only disk")))
+            if not isinstance(error, StateUnavailableError) or isinstance(error, StateOutcomeUnknownError):
+                self.figures.fail_silently(f"a write to a read-only disk: {error!r}")
+        with self._open() as context:
+            self._goes_on(context, "on a disk that can be written again")
+        shutil.rmtree(self.folder)
+
+    def _goes_on(self, context: SyncConversationContext, when: str) -> None:
+        for step in (Step("trim_history", (10,)), next(self.steps)):
+            error = self.witness.call(context, step) or self.witness.look(context, when)
+            if error is not None:
+                self.figures.lose(f"{when}: {error!r}")
+
+    @contextmanager
+    def _full(self) -> Iterator[None]:
+        ballast = self.disk / "ballast"
+        try:
+            with ballast.open("ab", buffering=0) as file:
+                while file.write(bytes(4096)) == 4096:
+                    pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        self.figures.faults += 1
+        yield
+        ballast.unlink()
+
+    @contextmanager
+    def _read_only(self) -> Iterator[None]:
+        _run("mount", "-o", "remount,ro", str(self.disk))
+        self.figures.faults += 1
+        try:
+            yield
         finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        told = pipe.read()
-    os.waitpid(pid, 0)
-    if not told:
-        figures.fail_silently("the child on the small disk told nothing")
-        return
-    figures += Figures.from_json(told)
+            _run("mount", "-o", "remount,rw", str(self.disk))
 
 
-def _enter_namespace(folder: Path) -> bool:
-    """Mount a small tmpfs that only this process sees."""
+# --- mounting -------------------------------------------------------------------------------------------------------
+
+
+def _enter_namespace() -> bool:
+    """Let this process alone see what it mounts from now on; false where that is not allowed."""
     user, group = os.geteuid(), os.getegid()
     flags = 0x00020000 | (0 if user == 0 else 0x10000000)  # CLONE_NEWNS, CLONE_NEWUSER
     import ctypes
@@ -148,10 +205,30 @@ def _enter_namespace(folder: Path) -> bool:
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     try:
         _run("mount", "--make-rprivate", "/")
-        _run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder))
     except CannotMountError:
         return False
     return True
+
+
+@contextmanager
+def _mount(*arguments: str | Path) -> Iterator[None]:
+    """Mounted as the command `mount` does with these arguments, of which the place is the last."""
+    _run("mount", *map(str, arguments))
+    try:
+        yield
+    finally:
+        _unmount(str(arguments[-1]))
+
+
+def _unmount(place: str) -> None:
+    for _ in range(20):
+        try:
+            _run("umount", place)
+        except CannotMountError:  # busy for a moment
+            time.sleep(0.05)
+        else:
+            return
+    _run("umount", "-l", place)
 
 
 def _run(*command: str) -> None:

@@ -4,74 +4,140 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from random import Random
+from typing import Any, Final, Protocol
 
 from agentstate import FileStorage, SyncConversationContext
+from agentstate.caller import new_commit_id
+from agentstate.operations import Append, Commit
 
 from .figures import Figures
-from .model import Model, Step, Steps
+from .model import REPAIR, Model, Step
 from .places import scratch
+from .plots import Plot
 from .seam import Disk, Failing, materialize
 from .witness import Witness, distinct
 
-_STEPS = 25
+_STEPS: Final = 20
 
 
-def power(random: Random, rounds: int, figures: Figures, *, failing: bool = False, layout: str = "log") -> None:
-    """At least `rounds` cuts. With `failing`, flushes fail now and then before the power does."""
+class Breakable(Protocol):
+    """A disk that a store can be kept on, and that can be looked at as a power cut would leave it now."""
+
+    root: Path
+    seam: Any
+    failing: Failing | None
+    watch: Callable[[str], None]
+
+    def after(self, random: Random) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+        """What the cut may leave: in words, and as a folder for as long as it is entered."""
+
+
+class Rebuilt(Disk):
+    """A folder, of which every disk state is rebuilt that POSIX allows."""
+
+    def __init__(self, root: Path) -> None:
+        self.place = root
+        super().__init__(root)
+
+    def after(self, random: Random) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+        for what, state in self.states(random):
+            yield what, self._materialized(state)
+
+    @contextmanager
+    def _materialized(self, state: dict[str, bytes | None]) -> Iterator[Path]:
+        target = self.place.with_name("after")
+        target.mkdir()
+        try:
+            materialize(state, self.root, target)
+            yield target
+        finally:
+            shutil.rmtree(target)
+
+
+@contextmanager
+def rebuilt(folder: Path, lay_out: Callable[[Path], object]) -> Iterator[Rebuilt]:
+    """A new disk in this folder, on which `lay_out` has put something that is there for good."""
+    root = folder / "disk"
+    root.mkdir()
+    try:
+        lay_out(root)
+        yield Rebuilt(root)
+    finally:
+        shutil.rmtree(root)
+
+
+def power(
+    random: Random,
+    rounds: int,
+    figures: Figures,
+    *,
+    failing: bool = False,
+    layout: str = "log",
+    lazily: bool = False,
+    disk: Callable[..., AbstractContextManager[Any]] = rebuilt,
+) -> None:
+    """`rounds` cuts. With `failing`, flushes and other calls fail now and then before the power does.
+
+    With `lazily`, nothing is flushed: the newest commits may be gone, and what is left is what once was.
+    """
     with scratch() as folder:
-        number = 0
         while figures.faults < rounds:
-            number += 1
-            _Cuts(folder, number, random, rounds, figures, failing, layout).run()
+            options: dict[str, Any] = {"exclusive": True} if random.random() < 0.25 else {}
+            if lazily:
+                options["fsync"] = "no"
+            plot = Plot(random, layout=layout, steps=_STEPS, options=options)
+            with disk(folder, plot.lay_out) as broken:
+                _Cuts(plot, broken, random, rounds, figures, failing).run()
 
 
 class _Cuts:
     """One sequence of steps, with the power cut at every change that it makes to the disk."""
 
     def __init__(
-        self, folder: Path, number: int, random: Random, rounds: int, figures: Figures, failing: bool, layout: str
+        self, plot: Plot, disk: Breakable, random: Random, rounds: int, figures: Figures, failing: bool
     ) -> None:
+        self.plot = plot
+        self.disk = disk
         self.random = random
-        self.figures = figures
         self.rounds = rounds
-        self.number = number
-        self.root = folder / f"disk-{number}"
-        self.root.mkdir()
-        self.scratch = folder / "after"
-        self.disk = Disk(self.root)
-        self.disk.watch = self._cut_now
+        self.figures = figures
         self.failing = failing
-        self.layout = layout
-        self.witness = Witness(figures, "alice")
+        self.witness = plot.witness(figures)
         self.under_way: Step | None = None
+        self.repaired = False
+        self.earlier: list[Model] = []  # what may be left where nothing is flushed
         self.points = 0
 
     def run(self) -> None:
         random = self.random
-        storage = FileStorage(self.root / "states", layout=self.layout, file_system=self.disk.seam)
-        context = SyncConversationContext(storage)
-        steps = Steps(random, large=random.random() < 0.5)
-        if random.random() < 0.3:  # superseded data enough that the file is written anew
-            steps_ = [Step("set_variable", ("a", steps.content() + "x" * 30_000)) for _ in range(8)]
-        else:
-            steps_ = [next(steps) for _ in range(_STEPS)]
-        for step in steps_:
+        context = self.plot.open(Path(self.disk.root) / "states", file_system=self.disk.seam)
+        self.disk.watch = self._cut_now
+        for step in self.plot.steps:
             if self.figures.faults >= self.rounds:
                 break
             if self.failing and random.random() < 0.3:
                 names = frozenset((random.choice(("sync", "sync_folder", "write", "replace")),))
                 self.disk.failing = Failing(errno.EIO, random.randint(1, 2), names=names)
+            if self.plot.options.get("fsync") == "no":
+                self.earlier = distinct([*self.earlier, *self.witness.possible])
             self.under_way = step
-            self.witness.call(context, step)
+            error = self.witness.call(context, step)
             self.under_way = None
             self.disk.failing = None
+            if step == REPAIR:
+                if error is not None:
+                    break  # what is to be written to a damaged file?
+                self.repaired = self.plot.options.get("fsync") != "no"
             self._cut("between calls")
+        else:
+            self.disk.watch = lambda name: None
+            self.witness.look(context, "without a cut")
         self.disk.watch = lambda name: None
-        self.witness.look(context, "without a cut")
-        storage.close()
-        shutil.rmtree(self.root)
+        context.close()
 
     def _cut_now(self, call: str) -> None:
         self.points += 1
@@ -79,31 +145,82 @@ class _Cuts:
 
     def _cut(self, moment: str) -> None:
         """Look at all the disks that a cut at this moment may leave."""
-        possible = self.witness.possible
+        possible = distinct([*self.witness.possible, *self.earlier])
         if self.under_way is not None:
             step = self.under_way
-            possible = distinct([*possible, *(model.after(step)[0] for model in possible)])
-        for variant, state in self.disk.states(self.random):
+            possible = distinct([*possible, *(model.after(step)[0] for model in self.witness.possible)])
+        for variant, entered in self.disk.after(self.random):
             if self.figures.faults >= self.rounds:
                 return
             self.figures.faults += 1
-            self._check(state, possible, f"round {self.number}, power cut {moment}, {variant}")
+            with entered as folder:
+                when = f"power cut {moment}, {variant}, of {self.plot}"
+                self.plot.goes_on(folder / "states", possible, self.figures, when, repaired=self.repaired)
 
-    def _check(self, state: dict[str, bytes | None], possible: list[Model], when: str) -> None:
-        self.scratch.mkdir()
-        try:
-            materialize(state, str(self.root), self.scratch)
-            storage = FileStorage(self.scratch / "states", layout=self.layout, fsync="no")
-            context = SyncConversationContext(storage)
-            after = Witness(self.figures, "alice")
-            after.possible = possible
-            error = after.look(context, when)
-            if error is None:
-                # The next writer goes on from there.
-                error = after.call(context, Step("add_to_history", ("user", "afterwards")))
-                after.look(context, f"{when}, and a write")
-            if error is not None:
-                self.figures.lose(f"{when}: {error}")
-            storage.close()
-        finally:
-            shutil.rmtree(self.scratch)
+
+def grouped_power(random: Random, rounds: int, figures: Figures) -> None:
+    """The power fails while commits to many conversations are written and flushed as one."""
+    with scratch() as folder:
+        while figures.faults < rounds:
+            with rebuilt(folder, lambda root: None) as disk:
+                _Groups(disk, random, rounds, figures).run()
+
+
+class _Groups:
+    """Groups of appends; those to one conversation are numbered."""
+
+    def __init__(self, disk: Rebuilt, random: Random, rounds: int, figures: Figures) -> None:
+        self.disk = disk
+        self.random = random
+        self.rounds = rounds
+        self.figures = figures
+        self.begun = dict.fromkeys([f"c{number}" for number in range(random.randint(2, 9))], 0)
+        self.done = dict(self.begun)
+
+    def run(self) -> None:
+        storage = FileStorage(self.disk.place / "states", file_system=self.disk.seam)
+        self.disk.watch = lambda call: self._cut(f"after {call}")
+        for number in range(6):
+            if self.figures.faults >= self.rounds:
+                break
+            if self.random.random() < 0.2:
+                names = frozenset((self.random.choice(("sync_all", "sync", "sync_folder", "write")),))
+                self.disk.failing = Failing(errno.EIO, 1, names=names)
+            operations = []
+            for context_id in self.begun:
+                for _ in range(self.random.randint(0, 2)):
+                    content = self.begun[context_id]
+                    self.begun[context_id] += 1
+                    message = b'{"role":"user","content":%d,"timestamp":"2026-01-31T12:00:00+00:00","metadata":{}}'
+                    operations.append(Commit(context_id, (Append((message % content,)),), new_commit_id()))
+            outcomes: dict[int, Any] = {}
+            if operations:
+                storage.execute(operations, outcomes.__setitem__)
+            self.disk.failing = None
+            failed = any(isinstance(outcome, Exception) for outcome in outcomes.values())
+            for index, operation in enumerate(operations):
+                if not failed and outcomes[index] == b"":
+                    self.done[operation.context_id] += 1
+            self._cut(f"after group {number}")
+            if failed:  # numbers may be missing from now on
+                break
+        self.disk.watch = lambda call: None
+        storage.close()
+
+    def _cut(self, moment: str) -> None:
+        for variant, entered in self.disk.after(self.random):
+            if self.figures.faults >= self.rounds:
+                return
+            self.figures.faults += 1
+            with entered as folder, SyncConversationContext(FileStorage(folder / "states", fsync="no")) as context:
+                for context_id, done in self.done.items():
+                    self._look(context, context_id, done, f"power cut {moment}, {variant}")
+
+    def _look(self, context: SyncConversationContext, context_id: str, done: int, when: str) -> None:
+        witness = Witness(self.figures, context_id)
+        numbers = range(done, self.begun[context_id] + 1)
+        witness.possible = [Model(count > 0, 0, list(range(count))) for count in numbers]
+        error = witness.look(context, when) or witness.call(context, Step("add_to_history", ("user", "afterwards")))
+        error = error or witness.look(context, f"{when}, and a write")
+        if error is not None:
+            self.figures.lose(f"{context_id}, {when}: {error}")

@@ -13,21 +13,21 @@ from typing import Any, Final, NamedTuple
 
 from servers import ValkeyServer, find_server
 
-from agentstate import FileStorage, InMemoryStorage, SyncConversationContext, ValkeyStorage
+from agentstate import FileStorage, InMemoryStorage, StateStorage, ValkeyStorage
 
-from .cancels import cancels, exits, handlers
+from .cancels import cancels, cancels_on_a_bad_line, exits, handlers
 from .crowd import crowd
 from .cuts import cuts
-from .damage import flipped_bits, torn_ends
+from .damage import flipped_bits, moved_lines, torn_documents, torn_ends
 from .figures import Figures
 from .holders import holders
-from .kills import kills
+from .kills import kills, kills_of_clients
 from .linearizable import linearizable
 from .mounts import mounted_power, small_disk
 from .outages import outages
 from .places import scratch
-from .power import power
-from .troubles import system_errors
+from .power import grouped_power, power
+from .troubles import kills_at_calls, system_errors
 from .turns import clock_jumps, turns
 
 Run = Callable[[Random, int, Figures], None]
@@ -71,44 +71,57 @@ def _crowd_on_valkey(random: Random, rounds: int, figures: Figures, **options: A
         crowd(random, rounds, figures, url=server.url, **options)
 
 
-def _lines(count: int, make: Callable[[Path, str], Any]) -> Run:
+def _lines(count: int, make: Callable[[Path, str], StateStorage]) -> Run:
     def lines(random: Random, rounds: int, figures: Figures) -> None:
         with scratch() as folder, ValkeyServer(find_server("9.1")) as server:
-            linearizable(
-                random,
-                rounds,
-                figures,
-                make=lambda: [SyncConversationContext(make(folder, server.url)) for _ in range(count)],
-            )
+            linearizable(random, rounds, figures, make=lambda: [make(folder, server.url) for _ in range(count)])
 
     return lines
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "kills": Scenario(kills, 40, 10_000, forks=True),
+    "kills-documents": Scenario(partial(kills, layout="document"), 10, 2_000, forks=True),
+    "kills-valkey": Scenario(_beside_valkey(kills_of_clients, layout="log"), 10, 2_000, forks=True),
+    "kills-valkey-documents": Scenario(_beside_valkey(kills_of_clients, layout="document"), 0, 1_000, forks=True),
+    "kills-at-calls": Scenario(kills_at_calls, 60, 10_000, forks=True),
+    "kills-at-calls-documents": Scenario(partial(kills_at_calls, layout="document"), 20, 2_000, forks=True),
     "torn-ends": Scenario(torn_ends, 300, 20_000),
-    "flipped-bits": Scenario(flipped_bits, 1000, 200_000),
+    "torn-documents": Scenario(torn_documents, 100, 5_000),
+    "flipped-bits": Scenario(flipped_bits, 600, 200_000),
+    "moved-lines": Scenario(moved_lines, 150, 20_000),
     "power": Scenario(power, 500, 60_000),
     "power-after-errors": Scenario(partial(power, failing=True), 500, 60_000),
+    "power-lazily": Scenario(partial(power, lazily=True), 300, 20_000),
+    "power-of-groups": Scenario(grouped_power, 200, 20_000),
     "power-documents": Scenario(partial(power, layout="document"), 200, 20_000),
     "power-documents-errors": Scenario(partial(power, failing=True, layout="document"), 200, 20_000),
     "power-of-ext4": Scenario(mounted_power, 5, 5_000, forks=True),
-    "system-errors": Scenario(system_errors, 50, 10_000),
-    "full-disk": Scenario(small_disk, 5, 300, forks=True),
+    "power-of-ext4-documents": Scenario(partial(mounted_power, layout="document"), 0, 500, forks=True),
+    "system-errors": Scenario(system_errors, 60, 10_000),
+    "system-errors-documents": Scenario(partial(system_errors, layout="document"), 20, 3_000),
+    "full-disk": Scenario(small_disk, 3, 300, forks=True),
+    "full-disk-documents": Scenario(partial(small_disk, layout="document"), 0, 100, forks=True),
     "locks": Scenario(holders, 5, 200, forks=True),
     "crowd-files": Scenario(partial(crowd, processes=3, threads=4), 3, 3, forks=True),
     "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
     "crowd-valkey": Scenario(partial(_crowd_on_valkey, processes=3, threads=4), 3, 3, forks=True),
     "crowd-valkey-64": Scenario(_crowd_on_valkey, 0, 60, forks=True),
-    "linearizable-memory": Scenario(_lines(1, lambda _, url: InMemoryStorage()), 10, 3_000),
+    "linearizable-memory": Scenario(_lines(1, lambda *_: InMemoryStorage()), 10, 3_000),
     "linearizable-files": Scenario(_lines(2, lambda folder, _: FileStorage(folder)), 10, 3_000),
+    "linearizable-documents": Scenario(_lines(2, lambda folder, _: FileStorage(folder, layout="document")), 5, 3_000),
     "linearizable-valkey": Scenario(_lines(2, lambda _, url: ValkeyStorage(url)), 10, 3_000),
+    "linearizable-valkey-documents": Scenario(
+        _lines(2, lambda _, url: ValkeyStorage(url, layout="document")), 5, 3_000
+    ),
     "cuts": Scenario(_beside_valkey(cuts), 150, 100_000),
     "cuts-8.1": Scenario(_beside_valkey(cuts, "8.1"), 30, 10_000),
     "cuts-documents": Scenario(_beside_valkey(cuts, layout="document"), 30, 10_000),
     "outages": Scenario(_beside_valkey(outages), 8, 160),
     "cancels-files": Scenario(_on_files(cancels), 200, 10_000),
     "cancels-valkey": Scenario(_on_valkey(cancels), 200, 10_000),
+    "cancels-documents": Scenario(_on_files(cancels, layout="document"), 100, 10_000),
+    "cancels-cuts": Scenario(_beside_valkey(cancels_on_a_bad_line), 100, 10_000),
     "exits": Scenario(exits, 5, 200),
     "handlers": Scenario(handlers, 24, 2_000),
     "clock-jumps-files": Scenario(_on_files(clock_jumps), 6, 300),

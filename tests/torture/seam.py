@@ -82,8 +82,8 @@ class Failing:
 class _Inode:
     """A file's content as it was last synced, and what was done to it since."""
 
-    def __init__(self) -> None:
-        self.synced = b""
+    def __init__(self, content: bytes = b"") -> None:
+        self.synced = content
         self.pending: list[tuple[int, bytes | None]] = []  # (offset, data), or (size, None): truncated
 
 
@@ -91,14 +91,20 @@ class Disk:
     """Records changes below `root`. `states` gives what a disk may hold if the power fails now."""
 
     def __init__(self, root: Path) -> None:
-        self.root = str(root)
+        self.root = root
         self.seam = Seam(self._around)
         self.failing: Failing | None = None
         self.watch: Callable[[str], None] = lambda name: None
         self._live: dict[str, _Inode | None] = {}  # path to file, None for a folder
-        self._durable: dict[str, _Inode | None] = {}
         self._names: list[tuple[str, str, _Inode | None]] = []  # unsynced: (parent, path, what it names; itself: gone)
         self._open: dict[int, _Inode] = {}
+        for folder, _, files in os.walk(root):  # what is there has been there for long
+            if folder != str(root):
+                self._live[folder] = None
+            for name in files:
+                path = os.path.join(folder, name)
+                self._live[path] = _Inode(Path(path).read_bytes())
+        self._durable = dict(self._live)
 
     def _around(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Carry out a call; tell the watch, before and after, what could be cut here."""
@@ -173,6 +179,9 @@ class Disk:
         for index in range(len(self._names)):
             rest = self._names[:index] + self._names[index + 1 :]
             yield f"name {index} dropped", self._state(rest, lambda inode: played(inode.synced, inode.pending))
+        for inode in {id(entry[2]): entry[2] for entry in self._names}.values():
+            rest = [entry for entry in self._names if entry[2] is not inode]
+            yield "one file's names dropped", self._state(rest, lambda inode: played(inode.synced, inode.pending))
         dirty = [inode for inode in {id(file): file for file in self._files()}.values() if inode.pending]
         for file in dirty:
             for index in range(len(file.pending)):
@@ -200,7 +209,7 @@ class Disk:
         state: dict[str, bytes | None] = {}
         for path, inode in sorted(entries.items(), key=lambda item: item[0]):
             parent = os.path.dirname(path)
-            if parent == self.root or parent in state:
+            if parent == str(self.root) or parent in state:
                 state[path] = None if inode is None else content(inode)
         return state
 
@@ -250,7 +259,7 @@ def _spoiled(
         yield "first block only", [*before, (offset, data[:block] + bytes(len(data) - block)), *rest]
 
 
-def materialize(state: dict[str, bytes | None], root: str, target: Path) -> None:
+def materialize(state: dict[str, bytes | None], root: Path, target: Path) -> None:
     """Write what a disk holds to a real folder: what was below `root` is below `target`."""
     for path, content in state.items():
         place = target / os.path.relpath(path, root)

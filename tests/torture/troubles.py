@@ -1,102 +1,181 @@
-"""The system refuses: every call in turn, for once and for good."""
+"""The system refuses, or kills: at every call in turn."""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any, Final
 
-from agentstate import FileStorage, SyncConversationContext
+from agentstate.errors import StateError, StateOutcomeUnknownError
 
 from .figures import Figures
-from .model import Step, Steps
+from .model import REPAIR, Model, Step, perform
 from .places import scratch
+from .plots import Plot
 from .seam import ERRORS, Failing, Seam
-from .witness import Witness
+from .witness import distinct
 
-_STEPS = 9
+Once = Callable[[Path, Plot, int, Random, Figures], bool]
+"""Makes the calls of a plot with a fault at its nth call of the system; false: there were not so many."""
 
 
-def system_errors(random: Random, rounds: int, figures: Figures) -> None:
-    """Sequences of calls in which the nth call of the system fails, for every n, until `rounds` faults happened."""
+def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, layout: str) -> None:
+    """Plots, each again and again, in which the nth call of the system goes wrong, for every n."""
     with scratch() as folder:
-        number = 0
         while figures.faults < rounds:
-            number += 1
-            for_good = random.random() < 0.4
-            shortly = random.random() < 0.3
-            steps = _steps(random)
+            options = {"exclusive": True} if random.random() < 0.25 else {}
+            plot = Plot(random, layout=layout, options=options)
             nth = 1
-            while figures.faults < rounds:
-                failing = Failing(
-                    errno.ENOSPC if shortly else random.choice(ERRORS), nth, for_good=for_good, shortly=shortly
-                )
-                _sequence(folder / f"{number}-{nth}", steps, failing, figures, random)
-                if not failing.failed:
-                    break
+            while figures.faults < rounds and once(folder / "store", plot, nth, random, figures):
+                figures.faults += 1
                 nth += 1
+                shutil.rmtree(folder / "store")
+            shutil.rmtree(folder / "store", ignore_errors=True)
 
 
-def _steps(random: Random) -> list[Step]:
-    supply = Steps(random, large=False)
-    if random.random() < 0.2:  # superseded data enough that the file is written anew
-        return [Step("set_variable", ("a", f"{number}:" + "x" * 30_000)) for number in range(_STEPS)]
-    return [next(supply) for _ in range(_STEPS)]
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _sequence(folder: Path, steps: list[Step], failing: Failing, figures: Figures, random: Random) -> None:
+def system_errors(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
+    """Calls of the system fail: once or for good, or a write falls short."""
+    _at_every_call(_with_an_error, random, rounds, figures, layout)
+
+
+def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures) -> bool:
     """Some calls with a fault among them; then the system is fine again, and everything is compared."""
-    witness = Witness(figures, "alice")
+    shortly = random.random() < 0.3
+    failing = Failing(
+        errno.ENOSPC if shortly else random.choice(ERRORS), nth, for_good=random.random() < 0.4, shortly=shortly
+    )
+    states = plot.lay_out(folder)
+    states.mkdir(parents=True, exist_ok=True)
     seam = Seam(failing.around)
-    storage = FileStorage(folder, file_system=seam, deadline=2.0)
-    context = SyncConversationContext(storage)
-    for step in steps:
-        witness.call(context, step, insist=random.random() < 0.5 and not failing.failed)
-        if random.random() < 0.3:  # somebody who has not read the file yet
-            with SyncConversationContext(FileStorage(folder, file_system=seam)) as reader:
-                witness.look(reader, f"for the first time, while {failing.error} at call {failing.calls}")
-        witness.look(context, f"while {failing.error} at call {failing.calls}")
-    figures.faults += bool(failing.failed)
+    witness = plot.witness(figures)
+    repaired = False
+    context = plot.open(states, file_system=seam, deadline=2.0)
+    for step in plot.steps:
+        while_ = f"while {failing.error} at call {failing.calls} of {plot}"
+        insist = random.random() < 0.5 and not failing.failed and step != REPAIR
+        error = witness.call(context, step, insist=insist)
+        if step == REPAIR:
+            if error is not None:
+                break  # what is to be written to a damaged file?
+            repaired = True
+        if not plot.options.get("exclusive") and random.random() < 0.3:  # somebody who has not read the file yet
+            with plot.open(states, file_system=seam) as reader:
+                witness.look(reader, f"for the first time, {while_}")
+        witness.look(context, while_)
     failing.names = frozenset()  # nothing fails any more
-    when = f"after {errno.errorcode[failing.error]}, call {failing.calls}, {[step.name for step in steps]}"
-    for through in (context, SyncConversationContext(FileStorage(folder))):
-        error = witness.look(through, when)
-        error = error or witness.call(through, Step("add_to_history", ("user", f"afterwards {id(through)}")))
-        error = error or witness.look(through, when)
+    if not failing.failed:
+        context.close()
+        return False
+    when = f"after {errno.errorcode[failing.error]}, call {failing.calls}, of {plot}"
+    if repaired or plot.kind != "repaired":
+        error = witness.look(context, when)
+        error = error or witness.call(context, Step("add_to_history", ("user", "afterwards, the same")))
+        error = error or witness.look(context, when)
         if error is not None:
             figures.lose(f"{when}: {error}")
-        through.close()
-    # A new file that the system let nobody remove stays until the next one takes its name: no more than one.
-    debris = {path.name for path in folder.iterdir()} - {"alice.jsonl", ".locks", ".leases"}
-    if debris - {"alice.jsonl.new"} or (debris and failing.failed < 2):
-        figures.fail_silently(f"{when}: left behind {debris}")
-    shutil.rmtree(folder)
+    context.close()
+    plot.goes_on(states, witness.possible, figures, when, repaired=repaired)
+    return True
 
 
-def full_disk(folder: Path, random: Random, rounds: int, figures: Figures) -> None:
-    """A real disk of a few pages that is full, and is freed, and is full again. `folder` is on it."""
-    witness = Witness(figures, "alice")
-    ballast = folder / "ballast"
-    steps = Steps(random, clears=False)
-    storage = FileStorage(folder / "states", deadline=2.0)
-    context = SyncConversationContext(storage)
-    for number in range(rounds):
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+_DONE: Final = b"d"
+_UNKNOWN: Final = b"u"
+_NOT_DONE: Final = b"n"
+
+
+def kills_at_calls(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
+    """The process gets SIGKILL just before, in the middle of, or just after a call of the system.
+
+    Now and then another call has failed before. To be run in a process of its own: it forks.
+    """
+    _at_every_call(_killed, random, rounds, figures, layout)
+
+
+def _killed(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures) -> bool:
+    states = plot.lay_out(folder)
+    states.mkdir(parents=True, exist_ok=True)
+    where = random.choice(("before", "within", "after"))
+    failing = None
+    if random.random() < 0.3:
+        failing = Failing(random.choice(ERRORS), random.randint(1, 8), names=frozenset(("write", "sync", "replace")))
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
         try:
-            with ballast.open("ab", buffering=0) as file:
-                while file.write(bytes(4096)) == 4096:
-                    pass
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        figures.faults += 1
-        for _ in range(3):
-            witness.call(context, next(steps), insist=True)
-            witness.look(context, f"on a full disk {number}")
-        ballast.unlink()
-        witness.call(context, Step("trim_history", (10,)))
-        witness.call(context, next(steps))
-        error_ = witness.look(context, f"on a disk with space again {number}")
-        if error_ is not None:
-            figures.lose(str(error_))
-    storage.close()
+            os.close(read)
+            _run_until_killed(plot, states, _Killer(nth, where, failing), write)
+        finally:
+            os._exit(0)
+    os.close(write)
+    told = b""
+    while data := os.read(read, 1000):
+        told += data
+    os.close(read)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status):
+        if status:
+            figures.fail_silently(f"a writer ended by itself, with {status}: {plot}")
+        return False
+    possible, repaired = _replayed(plot, told.decode())
+    figures.calls += len(told)
+    figures.unknown += told.count(_UNKNOWN)
+    plot.goes_on(states, possible, figures, f"killed {where} call {nth} of {plot}", repaired=repaired)
+    return True
+
+
+class _Killer:
+    """Kills this process at its nth call of the system."""
+
+    def __init__(self, nth: int, where: str, failing: Failing | None) -> None:
+        self._left = nth
+        self._where = where
+        self._failing = failing
+
+    def around(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            if self._where == "after":
+                call(*arguments)
+            elif self._where == "within" and name == "write":
+                descriptor, data = arguments
+                call(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments) if self._failing is None else self._failing.around(name, call, arguments)
+
+
+def _run_until_killed(plot: Plot, states: Path, killer: _Killer, pipe: int) -> None:
+    """Make the calls, and tell how each ended."""
+    context = plot.open(states, file_system=Seam(killer.around), deadline=2.0)
+    for step in plot.steps:
+        told = _DONE
+        try:
+            perform(context, "alice", step)
+        except StateOutcomeUnknownError:
+            told = _UNKNOWN
+        except StateError:
+            told = _NOT_DONE
+        os.write(pipe, told)
+        if step == REPAIR and told != _DONE:
+            break
+
+
+def _replayed(plot: Plot, told: str) -> tuple[list[Model], bool]:
+    """What may be stored after calls that ended like that, and one that was under way; whether there was a repair."""
+    possible = [plot.model]
+    for step, ended in zip(plot.steps, f"{told}u", strict=False):
+        after = [model.after(step)[0] for model in possible]
+        if ended == "d":
+            possible = after
+        elif ended == "u":
+            possible = distinct([*possible, *after])
+    return possible, plot.steps[0] == REPAIR and told.startswith("d")

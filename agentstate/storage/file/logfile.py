@@ -70,8 +70,8 @@ class LogFile:
 
     __slots__ = (
         "_left", "_pending", "adopted", "context_id", "discarded", "document", "entry", "file_lock", "flushed",
-        "folder", "identity", "image", "lapsed", "line_end", "lock", "modified", "names_checked", "path", "reader",
-        "size", "stem", "suspect", "synced", "trusted", "weight",
+        "folder", "identity", "image", "lapsed", "left_beside", "line_end", "lock", "modified", "names_checked", "path",
+        "reader", "size", "stem", "suspect", "synced", "trusted", "weight",
     )  # fmt: skip
 
     def __init__(self, folder: Folder, context_id: str, stem: str, *, trusted: bool) -> None:
@@ -99,6 +99,7 @@ class LogFile:
         self.suspect = False
         self.weight = 0
         self.names_checked: int | None = None  # `folder.names` when no document was beside the log
+        self.left_beside = False  # whether the document that the log was made from has yet to be put away
         self.line_end = 0  # where the last commit's line ends, or will
         self.entry = 0  # which flush of the folder was the last that may not cover the file's name
         self.flushed = 0  # up to where the file is taken to be on disk, where one does not wait for it
@@ -153,8 +154,7 @@ class LogFile:
         return True
 
     def _load(self) -> LogImage:
-        entry = self.folder.syncs_begun
-        reader = self.reader
+        entry, reader = self.folder.syncs_begun, self.reader
         self.folder.tally.add(cache_misses=1)
         try:
             reader.open()
@@ -167,7 +167,7 @@ class LogFile:
                 status = reader.status()
                 image, self.adopted = reader.image(status.st_size)
             if image.log_end > 0:
-                self.left.is_there(self.adopted)
+                self.left_beside = self.left.is_there(self.adopted)
             else:
                 image = self._load_document()
         except FileNotFoundError:
@@ -293,7 +293,8 @@ class LogFile:
     def ready(self) -> LogImage:
         """Like `refresh`, for the holder of the lock who is about to write: puts right what crashes left undone."""
         image = self.refresh()
-        if self.identity is None or (self.trusted and self.size == image.log_end and not self.suspect):
+        untroubled = self.size == image.log_end and not self.suspect and not self.left_beside
+        if self.identity is None or (self.trusted and untroubled):
             return image
         if self.suspect:
             self._write_again()
@@ -314,6 +315,7 @@ class LogFile:
             self.forget()  # so that readers look at it too
             raise
         self.names_checked = names
+        self.left_beside = False
 
     def _cut(self, image: LogImage) -> None:
         _logger.warning(
@@ -403,10 +405,10 @@ class LogFile:
             self._note(self.reader.status())
         except OSError as error:
             self.forget()
-            raise self._unknown(self._unavailable(error, "look at")) from error
+            raise self.unknown(self._unavailable(error, "look at")) from error
         if self.size != image.log_end:
             self.forget()
-            raise self._unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
+            raise self.unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
 
     def _appending(self, image: LogImage) -> int:
         """The file, open for appending; made if there is none. Raises OSError."""
@@ -423,10 +425,7 @@ class LogFile:
         return reader.fd
 
     def _take_back(self, data: bytes, written: int, offset: int) -> int:
-        """After a failed write: leave no fragment. Returns up to where the file holds complete lines.
-
-        Complete ones stay: readers may have seen them.
-        """
+        """After a failed write: leave no fragment. Says where complete lines, which readers may know, end."""
         fs, fd = self.folder.fs, self.reader.fd
         complete = data.rfind(b"\n", 0, written) + 1
         try:
@@ -466,8 +465,7 @@ class LogFile:
             raise self._unavailable(error, "flush") from error
 
     def _flush(self) -> None:
-        folder, reader = self.folder, self.reader
-        image = self.current
+        folder, reader, image = self.folder, self.reader, self.current
         if self.synced != image.log_end:
             if reader.fd < 0 and not self._reopen(image):
                 raise FileNotFoundError(2, "it was replaced while its lock was held")
@@ -489,7 +487,7 @@ class LogFile:
         except StateError as again:
             _logger.warning("%s: its flush failed, and it could not be written again yet: %s", self.path, again)
         self.forget()
-        return self._unknown(reason)
+        return self.unknown(reason)
 
     def _mark_suspect(self) -> None:
         """Tell all who are to write to the file that what it shows may not be on disk."""
@@ -541,7 +539,7 @@ class LogFile:
                 self.left.remove()
             except StateUnavailableError as error:
                 self.forget()
-                raise self._unknown(error) from error
+                raise self.unknown(error) from error
 
     def _clean_up(self, image: LogImage, now: int) -> None:
         """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""
@@ -623,7 +621,8 @@ class LogFile:
     def _unavailable(self, error: OSError, doing: str) -> StateUnavailableError:
         return unavailable(error, doing, self.path, self.context_id)
 
-    def _unknown(self, reason: object) -> StateOutcomeUnknownError:
+    def unknown(self, reason: object) -> StateOutcomeUnknownError:
+        """What to raise from `reason`, where a commit may be stored for good or not."""
         return StateOutcomeUnknownError(
             f"{str(reason).removesuffix('; nothing was done')}: whether it is stored for good is not known; "
             "the same call again with the same commit_id is applied at most once",

@@ -104,7 +104,7 @@ def is_torn(region: bytes, seed: int, offset: int) -> bool:
     *lines, fragment = region.split(b"\n")
     position = offset
     for line in lines:
-        text = line.lstrip(b"\0")
+        text = line.rpartition(b"\0")[2]  # behind the last hole: its newline may have been in one
         if text and is_sealed(text, seed, position + len(line) - len(text)):
             if _flushed_before(text) > offset:
                 return False

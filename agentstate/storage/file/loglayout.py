@@ -192,7 +192,10 @@ class LogLayout:
         """A commit whose line is whole is done, also if the checkpoint after it is not."""
         if failure.complete < failure.line_end:
             raise failure.error from failure.error.__cause__
-        log.ready()
+        try:
+            log.ready()
+        except StateError as error:
+            raise log.unknown(error) from error
         return 1
 
     def _after_write(self, log: LogFile) -> None:

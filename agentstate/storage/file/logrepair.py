@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, Final, NamedTuple
 
-from ...errors import ContextNotFoundError, StateConflictError, StateCorruptedError, StateError, StateUnavailableError
+from ...errors import (
+    ContextNotFoundError,
+    StateConflictError,
+    StateCorruptedError,
+    StateError,
+    StateOutcomeUnknownError,
+    StateUnavailableError,
+)
 from .documentfile import DOCUMENT, context_of_document
 from .filesystem import concerns_one_file, unavailable, write_whole
 from .folder import Folder, NamePages
@@ -120,18 +128,21 @@ def repair(log: LogFile) -> Repair:
     """Put what is intact of a damaged log in its place, and keep the damaged file beside it.
 
     What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
-    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError.
+    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError; StateOutcomeUnknownError
+    where it may not survive a power cut.
     """
     if examine(log) is None:
         image = log.current
         if log.identity is None:
             raise ContextNotFoundError(f"there is no log of {log.context_id!r}", context_id=log.context_id)
+        _flush_names(log)  # perhaps of a repair that did not get that far
         return Repair(log.context_id, image.end - image.start, 0, None)
-    fs, original = log.folder.fs, log.path + DAMAGED
     try:
         log.reader.open()
         data = b"".join(_all_of(log.reader))
-        write_whole(fs, original, (data,))
+        original = _name_beside(log, data)
+        write_whole(log.folder.fs, original, (data,))
+        log.folder.sync()  # or a power cut could undo this name, and not that of the log that is to take its place
     except OSError as error:
         raise unavailable(error, "set aside", log.path, log.context_id) from error
     finally:
@@ -143,11 +154,37 @@ def repair(log: LogFile) -> Repair:
         salvage.take(line, offset)
     image, messages = salvage.image, salvage.messages
     log.replace_with(image, salvage.adopted, lambda first, stop: messages[first - image.start : stop - image.start])
+    _flush_names(log)
+    return Repair(log.context_id, len(messages), len(data) - intact, original)
+
+
+def _name_beside(log: LogFile, data: bytes) -> str:
+    """Where to keep a damaged log: not in the place of another one that was damaged earlier."""
+    names = (log.path + DAMAGED + (str(number) if number > 1 else "") for number in count(1))
+    return next(path for path in names if _content(log, path) in (data, None))  # equal: of a repair that was cut short
+
+
+def _content(log: LogFile, path: str) -> bytes | None:
+    reader = LogReader(log.folder, path, "")
+    try:
+        reader.open()
+        return b"".join(_all_of(reader))
+    except FileNotFoundError:
+        return None
+    finally:
+        reader.close()
+
+
+def _flush_names(log: LogFile) -> None:
     try:
         log.folder.sync()
     except OSError as error:
-        raise unavailable(error, "flush", log.folder.path, log.context_id) from error
-    return Repair(log.context_id, len(messages), len(data) - intact, original)
+        reason = unavailable(error, "flush", log.folder.path)
+        raise StateOutcomeUnknownError(
+            f"{str(reason).removesuffix('; nothing was done')}: whether the repair survives a power cut is not known; "
+            "repair again",
+            context_id=log.context_id,
+        ) from error
 
 
 def _all_of(reader: LogReader) -> Iterator[bytes]:
