@@ -35,9 +35,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> None:
         page = File.generated(config, name, content=f"# {path.name}\n\n```python\n{_text(path)}```\n")
         page.inclusion = InclusionLevel.NOT_IN_NAV
         files.append(page)
-    rows = [f"| [`{path.name}`]({path.stem}.md) | {_purpose(path)} |\n" for path in examples]
+    rows = [f"| [`{path.name}`](examples/{path.stem}.md) | {_purpose(path)} |\n" for path in examples]
     content = "# Examples\n\n| program | shows |\n|---|---|\n" + "".join(rows)
-    files.append(File.generated(config, "examples/index.md", content=content))
+    files.append(File.generated(config, "examples.md", content=content))
 
 
 def _text(path: Path) -> str:
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def _page_of(path: str) -> str:
-    named = {"CHANGELOG.md": "changes.md", "examples": "examples/index.md"}
+    named = {"CHANGELOG.md": "changes.md", "examples": "examples.md"}
     return named.get(path, path.removesuffix(".py") + ".md")
 
 
