@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -76,6 +77,14 @@ def _examine_document(folder: Folder, context_id: str) -> str | None:
 def examine(log: LogFile) -> str | None:
     """What is wrong with a log, as a whole; None if nothing is. Raises StateUnavailableError."""
     try:
+        return _damage_of(log)
+    except StateConflictError as error:
+        return str(error)
+
+
+def _damage_of(log: LogFile) -> str | None:
+    """What is damaged in a log. Raises StateConflictError where another program's document is beside it."""
+    try:
         image = log.refresh()
         if log.identity is None:
             return None
@@ -88,7 +97,7 @@ def examine(log: LogFile) -> str | None:
                 return f"the checkpoints do not say where message {first} and those after it are"
     except Damage as damage:
         return str(damage)
-    except (StateCorruptedError, StateConflictError) as error:
+    except StateCorruptedError as error:
         return str(error)
     except OSError as error:
         if isinstance(error, StateError):
@@ -120,14 +129,15 @@ def repair(log: LogFile) -> Repair:
     """Put what is intact of a damaged log in its place, and keep the damaged file beside it.
 
     What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
-    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError.
+    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError, and StateConflictError
+    where it is not the log that is wrong.
     """
-    if examine(log) is None:
+    if _damage_of(log) is None:
         image = log.current
         if log.identity is None:
             raise ContextNotFoundError(f"there is no log of {log.context_id!r}", context_id=log.context_id)
         return Repair(log.context_id, image.end - image.start, 0, None)
-    fs, original = log.folder.fs, log.path + DAMAGED
+    fs, original = log.folder.fs, _free_name(log)
     try:
         log.reader.open()
         data = b"".join(_all_of(log.reader))
@@ -148,6 +158,15 @@ def repair(log: LogFile) -> Repair:
     except OSError as error:
         raise unavailable(error, "flush", log.folder.path, log.context_id) from error
     return Repair(log.context_id, len(messages), len(data) - intact, original)
+
+
+def _free_name(log: LogFile) -> str:
+    """A name for the damaged file, which no earlier one has."""
+    name, number = log.path + DAMAGED, 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{log.path}{DAMAGED}.{number}"
+    return name
 
 
 def _all_of(reader: LogReader) -> Iterator[bytes]:
