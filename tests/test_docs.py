@@ -2,16 +2,19 @@
 
 A page's blocks are run in order, in one fresh process and directory (`run_page`, at the end of this file):
 
-- `python`: run, with the names of the page's earlier blocks; `await` works at the top level. Lines that begin with
-  ``#> `` are what the block prints, and must be exactly that.
+- `python`: run, with the names of the page's earlier blocks; `await` works at the top level.
 - `bash`: run by bash; `examples/` is there, and `python` and `.venv/bin/python` are this Python. Where a page runs
   pytest, only `SOME_TESTS` are run, for time: test_third_party.py has the whole contract of such a backend.
+  `valkey-cli` is that of Valkey 8.1, if it is installed, and talks to the server of the page.
 - `yaml`: read by `load_config`.
+
+Lines that begin with ``#> `` are what a block prints, and must be exactly that, but for times and the ids of commits.
 
 ``valkey://localhost:6379`` becomes a real server's URL. An HTML comment in the line before a block changes this:
 
 - ``<!-- not run: REASON -->``
 - ``<!-- error: TEXT -->``: the block must fail with a StateError whose message holds TEXT
+- ``<!-- needs: PROGRAM -->``: the block is run where that program is installed
 - ``<!-- file: NAME -->``: the block is also kept as that file for the blocks that follow (python is then not run)
 """
 
@@ -26,24 +29,31 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import pytest
+from servers import ServerMissingError, find_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml"}
 SHOWN_ONLY = {"", "text", "json"}
 SOME_TESTS = "metadata or conversation"
+NEW_EACH_TIME = re.compile(
+    r"\b(?P<microseconds>\d{16})\b|\b(?P<time>\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?)"
+    r"|\b(?P<commit>[0-9a-f]{12}-\d+)\b|\b(?P<milliseconds>\d+\.\d{3} ms)"
+)
 LOCAL_URL = re.compile(r"valkey://localhost:6379(/0)?\b")
 
 _FENCE = re.compile(r"^```(\S*)\s*$")
-_MARK = re.compile(r"^<!-- (not run|error|file): (.+) -->$")
+_MARK = re.compile(r"^<!-- (not run|error|needs|file): (.+) -->$")
 
 
 class Block(NamedTuple):
@@ -81,12 +91,15 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = ""
-    if any(LOCAL_URL.search(block.text) for block in blocks_of(page.read_text(encoding="utf-8"))):
+    if uses_a_server(page):
         # A database of its own for each page, on a server of ours: what a page leaves there disturbs nobody.
-        url = f"{request.getfixturevalue('valkey_9').url.removesuffix('/0')}/{PAGES.index(page)}"
-    lay_out(tmp_path)
+        database = list(filter(uses_a_server, PAGES)).index(page)
+        url = f"{request.getfixturevalue('valkey_9').url.removesuffix('/0')}/{database}"
+    lay_out(tmp_path, url)
     environment = {name: value for name, value in os.environ.items() if name != "AGENTSTATE_CONFIG"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    environment["PATH"] = os.pathsep.join(
+        [str(tmp_path / ".venv" / "bin"), str(Path(sys.executable).parent), environment["PATH"]]
+    )
     result = subprocess.run(
         [sys.executable, "-W", "error", __file__, str(page), url],
         cwd=tmp_path,
@@ -98,13 +111,27 @@ def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, request: pytest.F
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
 
 
-def lay_out(folder: Path) -> None:
+def uses_a_server(page: Path) -> bool:
+    text = page.read_text(encoding="utf-8")
+    return any(LOCAL_URL.search(block.text) or "valkey-cli" in block.text for block in blocks_of(text))
+
+
+def lay_out(folder: Path, url: str = "") -> None:
     """What the commands of a page find where they are run: the examples, and an environment with this Python."""
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / ".venv" / "bin").mkdir(parents=True)
     # (A link to a Python would be a Python without what is installed beside it.)
     script(folder / ".venv" / "bin" / "python", f'exec {shlex.quote(sys.executable)} "$@"')
     script(folder / ".venv" / "bin" / "agentstate", f'exec {shlex.quote(sys.executable)} -m agentstate "$@"')
+    if client := valkey_cli():
+        script(folder / ".venv" / "bin" / "valkey-cli", f'exec {shlex.quote(str(client))} -u {url} "$@"')
+
+
+def valkey_cli() -> Path | None:
+    try:
+        return find_server("8.1").with_name("valkey-cli")
+    except ServerMissingError:
+        return None
 
 
 def script(path: Path, body: str) -> None:
@@ -126,6 +153,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert file.exists(), f"{name_of(page)} links to {target}, which does not exist"
         if anchor:
             assert anchor in anchors_of(file), f"{name_of(page)} links to {target}#{anchor}, which does not exist"
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.svg")), ids=name_of)
+def test_a_picture_fetches_nothing_and_tells_nothing_of_a_machine(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    fetched = re.findall(r"""(?:href|src)=["'](?!#)|@import|url\((?!#)""", text)
+    assert not fetched
+    assert not re.search(r"127\.0\.0\.1|/tmp/|/home/|/root/", text)
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -226,10 +262,28 @@ def test_every_error_is_on_the_page_of_errors() -> None:
         assert f"`{name}`" in text_of("errors.md")
 
 
+def test_every_logger_is_on_the_page_of_debugging() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "agentstate").rglob("*.py"))
+    names = set(re.findall(r'(?:getLogger\(|LOGGED_AS = \[)"(agentstate\.[^"]+)"', code))
+    assert {"agentstate.context", "agentstate.storage.file", "agentstate.storage.valkey"} <= names
+    for name in names:
+        assert f"| `{name}` |" in text_of("debugging.md"), f"debugging.md does not tell what {name} says"
+
+
 def test_every_key_of_the_configuration_is_on_its_page() -> None:
     from agentstate.config import config_table
 
     assert config_table().strip() in text_of("configuration.md"), "paste the output of agentstate.config.config_table()"
+
+
+def test_the_reference_of_the_api_is_what_the_docstrings_say() -> None:
+    import agentstate
+
+    command = [sys.executable, ROOT / "docs" / "make" / "reference.py"]
+    made = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", timeout=60).stdout
+    assert made == text_of("api.md"), "python docs/make/reference.py > docs/api.md"
+    for name in agentstate.__all__:
+        assert f"\n### {name}\n" in made, f"docs/make/reference.py leaves {name} out"
 
 
 def test_every_heading_of_the_reference_is_answered() -> None:
@@ -260,7 +314,8 @@ def run_page(page: Path, url: str) -> None:
     sys.modules["__main__"] = module  # dataclasses and pickles of the page look for their names there
     with asyncio.Runner() as runner:
         for block in blocks_of(page.read_text(encoding="utf-8")):
-            if "not run" in block.marks or block.language not in LANGUAGES:
+            missing = "needs" in block.marks and not shutil.which(block.marks["needs"])
+            if missing or "not run" in block.marks or block.language not in LANGUAGES:
                 continue
             text = LOCAL_URL.sub(url, block.text) if url else block.text
             place = f"{name_of(page)}:{block.line}"
@@ -293,12 +348,14 @@ def run_block(block: Block, text: str, place: str, module: types.ModuleType, run
         path.write_text(text, encoding="utf-8")
         load_config(path)
     elif block.language == "bash":
-        subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True, stdin=subprocess.DEVNULL)
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8")
+        compare(text, done.stdout, place)
     elif "file" not in block.marks:
-        run_python(text, block.line, place, module, runner)
+        compare(text, run_python(text, block.line, place, module, runner), place)
 
 
-def run_python(text: str, line: int, place: str, module: types.ModuleType, runner: asyncio.Runner) -> None:
+def run_python(text: str, line: int, place: str, module: types.ModuleType, runner: asyncio.Runner) -> str:
     padded = "\n" * (line - 1) + text  # so that a traceback names the line of the page
     code: Any = compile(padded, place, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     printed = io.StringIO()
@@ -307,10 +364,19 @@ def run_python(text: str, line: int, place: str, module: types.ModuleType, runne
             runner.run(eval(code, module.__dict__))
         else:
             exec(code, module.__dict__)
-    shown = re.findall(r"^\s*#> ?(.*)$", text, re.MULTILINE)
-    said = printed.getvalue().splitlines()
+    return printed.getvalue()
+
+
+def compare(text: str, printed: str, place: str) -> None:
+    """Fail unless a block of code printed what it shows."""
+    shown = [comparable(line) for line in re.findall(r"^\s*#> ?(.*)$", text, re.MULTILINE)]
+    said = [comparable(line) for line in printed.splitlines()]
     if shown and said != shown:
         raise AssertionError(f"{place} shows {json.dumps(shown, indent=1)}\nbut prints {json.dumps(said, indent=1)}")
+
+
+def comparable(line: str) -> str:
+    return NEW_EACH_TIME.sub(lambda match: f"<{match.lastgroup}>", line).rstrip()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..urls import redact_url
 from .exits import USAGE
@@ -144,9 +144,10 @@ def line(text: str = "", style: str = "", *, end: str = "\n") -> None:
         sys.stdout.write(text + end)
 
 
-def note(text: str, *, stream: TextIO | None = None) -> None:
+def note(text: str) -> None:
     """Tell the person at the terminal something that does not belong into the output."""
-    print(harmless(text), file=stream or sys.stderr)
+    with suppress(OSError):  # where stderr cannot be written, the exit code still tells
+        print(harmless(text), file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> None:
@@ -154,7 +155,7 @@ def fail(text: str) -> None:
     for argument in sys.argv[1:]:  # an error may quote what was typed
         if "://" in argument:
             text = text.replace(argument, redact_url(argument))
-    print(f"agentstate: {one_line(text)}", file=sys.stderr)
+    note(f"agentstate: {one_line(text)}")
 
 
 def json_document(value: Any) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import click
 
 from ..context import SyncConversationContext
-from ..errors import StateCorruptedError, StateError
+from ..errors import StateError
 from ..keys import check_context_id
 from ..operations import Snapshot
 from ..storage.base import StateStorage
@@ -19,7 +18,7 @@ from ..transfer import read_contexts
 from . import console, exits
 from .console import Column
 from .rows import Row, iso, row_as_json, rows_of
-from .store import Place, complete_context_id, json_option, store_options
+from .store import FiniteNumber, Place, complete_context_id, json_option, store_options
 
 # --- list -----------------------------------------------------------------------------------------------------------
 
@@ -62,9 +61,20 @@ def list_(place: Place, user_id: str | None, order: str, limit: int | None, as_j
       agentstate list | cut -f1
       agentstate list --json | jq -r 'select(.messages > 100).context_id'
     """
-    seen = Counter[str]()
+    seen = 0
+    errors: list[StateError] = []
+
+    def watched(rows: Iterator[Row]) -> Iterator[Row]:
+        nonlocal seen
+        for row in rows:
+            seen += 1
+            if isinstance(row.snapshot, StateError):
+                errors.append(row.snapshot)
+                console.fail(str(row.snapshot))
+            yield row
+
     with place.open() as storage:
-        rows = _watched(rows_of(storage, user_id), seen)
+        rows = watched(rows_of(storage, user_id))
         if order != "none":
             with console.working("looking"):
                 ordered = heapq.nsmallest(limit, rows, _ORDERS[order]) if limit else sorted(rows, key=_ORDERS[order])
@@ -76,20 +86,10 @@ def list_(place: Place, user_id: str | None, order: str, limit: int | None, as_j
                 console.json_line(row_as_json(row))
         else:
             _print_table(rows)
-    if not seen["all"]:
+    if not seen:
         of = f" of {user_id!r}" if user_id else ""
         console.note(f"There are no conversations{of} in {place.name}.")
-    return exits.CORRUPTED if seen["damaged"] else exits.OK
-
-
-def _watched(rows: Iterator[Row], seen: Counter[str]) -> Iterator[Row]:
-    for row in rows:
-        seen["all"] += 1
-        if isinstance(row.snapshot, StateCorruptedError):
-            seen["damaged"] += 1
-        if isinstance(row.snapshot, StateError):
-            console.fail(str(row.snapshot))
-        yield row
+    return exits.code_of_all(errors)
 
 
 def _print_table(rows: Iterator[Row]) -> None:
@@ -169,7 +169,7 @@ def _ask_before_clearing(storage: StateStorage, names: list[str], place: Place) 
 @store_options
 @click.option(
     "--max-age-hours",
-    type=click.FloatRange(0),
+    type=FiniteNumber(0),
     default=24.0,
     show_default=True,
     metavar="HOURS",

@@ -95,8 +95,8 @@ def _print(finding: Finding) -> None:
 
 def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
     yield ok("version", f"agentstate {own_version()}, Python {sys.version.split()[0]} on {sys.platform}")
-    use_config(chosen["config_file"])
     try:
+        use_config(chosen["config_file"])
         config = read_config()
     except StateConfigError as error:
         for text in error.problems or [str(error)]:

@@ -6,10 +6,12 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final
 
 from ..keys import document_stem, file_stem
 from ..storage.base import StateStorage
+from ..storage.file.filesystem import FileSystem
 from . import console
 from .findings import Finding, note, ok, problem, warning
 
@@ -120,28 +122,35 @@ def _durability(options: dict[str, Any]) -> Iterator[Finding]:
         yield note("durability", f"a power cut may lose {lost} (fsync: {fsync})")
 
 
+def _is_unicode(name: str) -> bool:
+    """Whether a name could be one of ours: others' may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _files(path: str, layout: str) -> Iterator[Finding]:
     logs = documents = adopted = unfinished = 0
     foreign: list[str] = []
     both: list[str] = []
-    with os.scandir(path) as entries:
-        for number, entry in enumerate(entries):
-            if number >= _LOOK_AT:
-                break
-            name = entry.name
-            if name.endswith(".jsonl"):
-                logs += 1
-            elif name.endswith(".json"):
-                documents += 1
-                stem = name.removesuffix(".json")
-                if stem and document_stem(stem) == stem and os.path.lexists(f"{path}/{file_stem(stem)}.jsonl"):
-                    both.append(stem)
-            elif name.endswith(".adopted"):
-                adopted += 1
-            elif name.endswith((".new", ".part")):
-                unfinished += 1
-            elif name not in _OWN_FOLDERS and ".damaged" not in name:
-                foreign.append(name)
+    for name in islice(FileSystem.names(path), _LOOK_AT):
+        if not _is_unicode(name):
+            foreign.append(name)
+        elif name.endswith(".jsonl"):
+            logs += 1
+        elif name.endswith(".json"):
+            documents += 1
+            stem = name.removesuffix(".json")
+            if stem and document_stem(stem) == stem and os.path.lexists(f"{path}/{file_stem(stem)}.jsonl"):
+                both.append(stem)
+        elif name.endswith(".adopted"):
+            adopted += 1
+        elif name.endswith((".new", ".part")):
+            unfinished += 1
+        elif name not in _OWN_FOLDERS and ".damaged" not in name:
+            foreign.append(name)
     for stem in both[:5]:
         yield problem(
             "files", f"{stem}.json appeared beside the converted log of {stem!r}",

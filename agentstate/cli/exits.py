@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from ..errors import (
@@ -53,6 +54,12 @@ _CODES: Final = (
     (StateSerializationError, REFUSED),
     (LookupError, NOT_FOUND),  # a handler that is not registered
 )
+
+
+def code_of_all(errors: Iterable[StateError]) -> int:
+    """The exit code that stands for all of some errors."""
+    codes = {code_of(error) for error in errors} or {OK}
+    return codes.pop() if len(codes) == 1 else PROBLEM
 
 
 def code_of(error: StateError) -> int:

@@ -68,6 +68,9 @@ how many `messages` there are. Archives can be edited, cut, put together, and ma
 are an archive too, and of a conversation only `context_id` is needed.
 """
 
+_PICTURED = ("chat", "doctor", "list", "migrate", "show", "stats", "verify")
+"""Commands with a picture in docs/pictures, which docs/make/pictures.py draws."""
+
 _SHARED = """\
 ## Options of the storage
 
@@ -113,6 +116,8 @@ def _command(path: str, command: click.Command) -> str:
     parts = [f"## {path}\n", f"    {usage}\n", text.strip() + "\n"]
     if examples:
         parts.append(indent(dedent(examples).strip(), "    ") + "\n")
+    if command.name in _PICTURED:
+        parts.append(f"![What {path} prints](pictures/{command.name}.svg)\n")
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     shared = {option.name for option in _shared_options()}
     own = [option for option in options if option.name not in shared]

@@ -146,8 +146,8 @@ def validate(file: str | None, config_file: str | None, keys: bool, schema: bool
     if keys:
         _print_keys()
         return exits.OK
-    use_config(file if file is not None else config_file)
     try:
+        use_config(file if file is not None else config_file)
         config = read_config()
     except StateConfigError as error:
         problems = list(error.problems) or [str(error)]

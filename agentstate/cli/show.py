@@ -14,7 +14,7 @@ from ..keys import check_context_id
 from ..operations import Query, Snapshot, Window
 from ..storage.base import StateStorage
 from . import console
-from .store import Place, complete_context_id, json_option, store_options
+from .store import FiniteNumber, Place, complete_context_id, json_option, store_options
 from .transcript import print_head, print_message
 
 
@@ -25,7 +25,7 @@ from .transcript import print_head, print_message
 @click.option("-f", "--follow", is_flag=True, help="Go on, and print messages as they are added.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.05),
+    type=FiniteNumber(0.05, 86400),
     default=0.5,
     show_default=True,
     metavar="SECONDS",

@@ -24,7 +24,8 @@ class _Statistics:
 
     def __init__(self) -> None:
         self.now = time.time()
-        self.contexts = self.unreadable = self.messages = self.owned = self.expiring = self.size = 0
+        self.contexts = self.messages = self.owned = self.expiring = self.size = 0
+        self.unreadable: list[StateError] = []
         self.owners: set[str] = set()
         self.ages = Counter[str]()
         self.lengths = Counter[int]()
@@ -35,7 +36,7 @@ class _Statistics:
     def add(self, row: Row) -> None:
         found = row.snapshot
         if isinstance(found, StateError):
-            self.unreadable += 1
+            self.unreadable.append(found)
             return
         self.contexts += 1
         self.messages += row.messages
@@ -57,7 +58,7 @@ class _Statistics:
     def as_json(self, sizes: bool) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "contexts": self.contexts,
-            "unreadable": self.unreadable,
+            "unreadable": len(self.unreadable),
             "messages": self.messages,
             "owners": len(self.owners),
             "owned": self.owned,
@@ -101,7 +102,7 @@ def stats(place: Place, sizes: bool, as_json: bool) -> int:
         console.json_document({"storage": place.backend, "where": place.name, **figures.as_json(sizes)})
     else:
         _print_statistics(place, figures, sizes)
-    return exits.CORRUPTED if figures.unreadable else exits.OK
+    return exits.code_of_all(figures.unreadable)
 
 
 def _print_statistics(place: Place, figures: _Statistics, sizes: bool) -> None:
@@ -119,7 +120,7 @@ def _print_statistics(place: Place, figures: _Statistics, sizes: bool) -> None:
     if sizes:
         pairs.append(("values", console.size_text(figures.size)))
     if figures.unreadable:
-        pairs.append(("unreadable", f"{figures.unreadable:,} (see agentstate verify)"))
+        pairs.append(("unreadable", f"{len(figures.unreadable):,} (see agentstate verify)"))
     console.facts(pairs)
     if figures.contexts:
         console.line()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from math import isfinite
 from typing import Any, Final, TypeVar
 
 import click
@@ -89,9 +90,21 @@ def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def use_config(config_file: str | None) -> None:
-    """Make this process, handlers that it loads included, use a configuration file."""
+    """Make this process, handlers that it loads included, use a configuration file. StateConfigError: there is none."""
     if config_file is not None:
+        if not os.path.exists(config_file):
+            raise StateConfigError(f"{config_file}: there is no such file") from FileNotFoundError(config_file)
         os.environ[CONFIG_VARIABLE] = config_file
+
+
+class FiniteNumber(click.FloatRange):
+    """A number; what is none (nan) is in every range otherwise."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a number to count with", param, ctx)
+        return number
 
 
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")

@@ -34,7 +34,7 @@ def print_head(context_id: str, snapshot: Snapshot) -> None:
             console.line()
             console.line(title, "bold")
             for key in sorted(texts):
-                value = console.json_text(codec.decode(texts[key]), indent=2).replace("\n", "\n    ")
+                value = console.json_text(codec.decode(texts[key]), indent=2).replace("\n", "\n  ")
                 console.line(f"  {console.one_line(key)} = {value}")
     console.line()
 

@@ -87,10 +87,12 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
         raise StateConflictError(f"{path} exists already: choose another name, or say --force")
     unfinished = f"{path}.{os.getpid()}.part"
     try:
-        with (
-            open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as raw,
-            _compressed(raw, compress) as file,
-        ):
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        error.filename = path  # the name that was asked for
+        raise
+    try:
+        with open(descriptor, "wb") as raw, _compressed(raw, compress) as file:
             yield file
             if file is not raw:
                 file.close()
@@ -314,9 +316,8 @@ def _code_of(report: Report) -> int:
         return exits.CORRUPTED
     if not report.failed:
         return exits.REFUSED
-    errors = [each.error for each in report.problems if each.fate == "failed" and isinstance(each.error, StateError)]
-    codes = {exits.code_of(error) for error in errors}
-    return codes.pop() if len(codes) == 1 else exits.PROBLEM
+    failed = [each.error for each in report.problems if each.fate == "failed"]
+    return exits.code_of_all(error for error in failed if isinstance(error, StateError)) or exits.PROBLEM
 
 
 COMMANDS = (export, import_, migrate_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import click
@@ -27,6 +28,15 @@ class Damage(NamedTuple):
     where: str | None = None
 
 
+@dataclass
+class _Seen:
+    """What was looked at, and what was not there."""
+
+    conversations: int = 0
+    messages: int = 0
+    absent: list[str] = field(default_factory=list)
+
+
 @click.command()
 @click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=complete_context_id)
 @store_options
@@ -44,7 +54,7 @@ def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> i
       agentstate verify --repair alice
     """
     names = [check_context_id(context_id) for context_id in dict.fromkeys(ids)]
-    seen = [0, 0]
+    seen = _Seen()
     unrepaired = 0
     found: list[dict[str, Any]] = []
     with place.open() as storage:
@@ -55,12 +65,17 @@ def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> i
             if not as_json:
                 _print(damage, saved)
     if as_json:
-        console.json_document({"conversations": seen[0], "messages": seen[1], "damaged": found})
-    else:
+        console.json_document({"conversations": seen.conversations, "messages": seen.messages, "damaged": found})
+    elif seen.conversations or found or not names:
         state = f"{len(found):,} damaged" if found else "all of them intact"
-        counts = f"{console.counted(seen[0], 'conversation')} with {console.counted(seen[1], 'message')}"
+        counts = (
+            f"{console.counted(seen.conversations, 'conversation')} with {console.counted(seen.messages, 'message')}"
+        )
         console.line(f"{counts}, {state}.", "red" if unrepaired else "green")
-    return exits.CORRUPTED if unrepaired else exits.OK
+    absent = seen.absent if names else []  # what was listed and is gone was cleared meanwhile
+    for name in absent:
+        console.fail(f"there is no conversation {name!r} in {place.name}")
+    return exits.CORRUPTED if unrepaired else exits.NOT_FOUND if absent else exits.OK
 
 
 def _print(damage: Damage, saved: str | None) -> None:
@@ -73,11 +88,8 @@ def _print(damage: Damage, saved: str | None) -> None:
 # --- looking --------------------------------------------------------------------------------------------------------
 
 
-def _damaged(storage: StateStorage, names: list[str], seen: list[int]) -> Iterator[Damage]:
-    """What is damaged, each conversation once: what its storage finds, and what cannot be read through it.
-
-    `seen` counts conversations and messages.
-    """
+def _damaged(storage: StateStorage, names: list[str], seen: _Seen) -> Iterator[Damage]:
+    """What is damaged, each conversation once: what its storage finds, and what cannot be read through it."""
     known: set[str | None] = set()
     for damage in _found_by_storage(storage, names):
         known.add(damage.context_id)
@@ -108,7 +120,7 @@ def _found_by_storage(storage: StateStorage, names: list[str]) -> Iterator[Damag
         yield Damage(each.context_id, each.reason, each.path)
 
 
-def _reason(storage: StateStorage, context_id: str, seen: list[int]) -> str | None:
+def _reason(storage: StateStorage, context_id: str, seen: _Seen) -> str | None:
     """Why a conversation is damaged; None if it is intact, or gone."""
     position: int | None = None
     while True:
@@ -120,13 +132,15 @@ def _reason(storage: StateStorage, context_id: str, seen: list[int]) -> str | No
                 raise found
             return str(found)
         if found is None:
+            if position is None:
+                seen.absent.append(context_id)
             return None
         if position is None:
-            seen[0] += 1
+            seen.conversations += 1
         reason = _undecodable(found)
         if reason is not None:
             return reason
-        seen[1] += len(found.messages)
+        seen.messages += len(found.messages)
         position = found.first + len(found.messages)
         if position >= found.end or not found.messages:
             return None

@@ -39,6 +39,7 @@ class Archived(Source):
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.number = 0
+        self.blank = True  # so far
         self.open: str | None = None  # the context whose history goes on in the next line
         self.buffered: list[bytes] = []  # messages of its first line that are more than a page
         self.counted = 0  # contexts since the header
@@ -86,10 +87,13 @@ class Archived(Source):
                 self.problem = f"the compressed data is cut off or damaged after line {self.number:,}"
                 return None
             if not line:
+                if self.blank:
+                    self.problem = "there is nothing in it"  # what wrote it may have failed at once
                 return None
             self.number += 1
             if not line.strip():
                 continue
+            self.blank = False
             try:
                 return _parsed(line)
             except _BadLine as error:

@@ -33,6 +33,8 @@ FOLDER: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_DIREC
 NEW: Final = ".new"
 """What is appended to the name of a file while it is written as a whole."""
 
+_UTF8: Final = sys.getfilesystemencoding().lower() == "utf-8"
+
 FILE_MODE: Final = 0o600
 FOLDER_MODE: Final = 0o700
 
@@ -105,7 +107,17 @@ class FileSystem:
         """The names in a folder, in no order."""
         with os.scandir(path) as entries:
             for entry in entries:
-                yield entry.name
+                yield name_as_text(entry.name)
+
+
+def system_name(name: str) -> str:
+    """The name of a file as the functions of the system want it: it is UTF-8 on the disk in every locale."""
+    return name if _UTF8 or name.isascii() else os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def name_as_text(name: str) -> str:
+    """The inverse of `system_name`."""
+    return name if _UTF8 or name.isascii() else os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -12,9 +13,9 @@ from contextlib import suppress
 from heapq import nsmallest
 from typing import Final
 
-from ...errors import StateUnavailableError
+from ...errors import StateConfigError, StateUnavailableError
 from ..tally import Tally
-from .filesystem import FOLDER, FOLDER_MODE, FileSystem, unavailable
+from .filesystem import FOLDER, FOLDER_MODE, FileSystem, system_name, unavailable
 
 LOCKS: Final = ".locks"
 LEASES: Final = ".leases"
@@ -29,6 +30,13 @@ class Folder:
     """A folder with the files of contexts, and beside them those of locks and leases."""
 
     def __init__(self, path: str, fs: FileSystem, tally: Tally) -> None:
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            coding = sys.getfilesystemencoding()
+            raise StateConfigError(
+                f"storage_dir {path!r} cannot be written in {coding}, this locale's encoding"
+            ) from error
         self.path = os.path.abspath(path)
         self.fs = fs
         self.tally = tally
@@ -42,7 +50,7 @@ class Folder:
         self.syncs_done = 0
 
     def file(self, name: str) -> str:
-        return f"{self.path}{os.sep}{name}"
+        return f"{self.path}{os.sep}{system_name(name)}"
 
     def prepare(self) -> None:
         """Make the folder, if need be, and those in it. Raises StateUnavailableError."""

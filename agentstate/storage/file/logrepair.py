@@ -84,6 +84,14 @@ def _examine_document(folder: Folder, context_id: str) -> str | None:
 def examine(log: LogFile) -> str | None:
     """What is wrong with a log, as a whole; None if nothing is. Raises StateUnavailableError."""
     try:
+        return _damage_of(log)
+    except StateConflictError as error:
+        return str(error)
+
+
+def _damage_of(log: LogFile) -> str | None:
+    """What is damaged in a log. Raises StateConflictError where another program's document is beside it."""
+    try:
         image = log.refresh()
         if log.identity is None:
             return None
@@ -96,7 +104,7 @@ def examine(log: LogFile) -> str | None:
                 return f"the checkpoints do not say where message {first} and those after it are"
     except Damage as damage:
         return str(damage)
-    except (StateCorruptedError, StateConflictError) as error:
+    except StateCorruptedError as error:
         return str(error)
     except OSError as error:
         if isinstance(error, StateError):
@@ -128,10 +136,10 @@ def repair(log: LogFile) -> Repair:
     """Put what is intact of a damaged log in its place, and keep the damaged file beside it.
 
     What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
-    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError; StateOutcomeUnknownError
-    where it may not survive a power cut.
+    wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError; StateConflictError where
+    it is not the log that is wrong; StateOutcomeUnknownError where it may not survive a power cut.
     """
-    if examine(log) is None:
+    if _damage_of(log) is None:
         image = log.current
         if log.identity is None:
             raise ContextNotFoundError(f"there is no log of {log.context_id!r}", context_id=log.context_id)

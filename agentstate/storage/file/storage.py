@@ -102,8 +102,9 @@ class FileStorage(StateStorage):
     def repair(self, context_id: str) -> Repair:
         """Save what is intact of a damaged conversation, and keep the damaged file under another name.
 
-        Raises ContextNotFoundError, StateUnavailableError, StateTimeoutError; StateCorruptedError with
-        layout="document", where there is no part that could be told to be intact.
+        Raises ContextNotFoundError, StateUnavailableError, StateTimeoutError; StateConflictError where another
+        program's document is what is wrong; StateCorruptedError with layout="document", where there is no part that
+        could be told to be intact.
         """
         if not isinstance(self._layout, LogLayout):
             raise StateCorruptedError(

@@ -90,10 +90,10 @@ class ValkeyDocuments(DocumentStorage):
                 if not passes(error):
                     break
             left = deadline - monotonic()
-            if left <= 0:
+            if left <= (0 if problem is None else pause):
                 break
             if problem is not None:
-                sleep(min(left, pause))
+                sleep(pause)
         if unknown is not None:
             raise StateOutcomeUnknownError(f"sent, but not confirmed: {unknown}", context_id=context_id) from unknown
         if problem is not None:

@@ -50,11 +50,11 @@ def repeat(attempt: Callable[[], T], deadline: float, tally: Tally, context_id: 
         try:
             return attempt()
         except (LostConnectionError, ServerError) as error:
-            left = deadline - monotonic()
-            if left <= 0 or not passes(error):
+            # An attempt without time would fail for that alone, and hide what is wrong.
+            if deadline - monotonic() <= pause or not passes(error):
                 raise failure(error, context_id) from error
             tally.add(attempts_repeated=1)
-            sleep(min(left, pause))
+            sleep(pause)
     raise AssertionError("there is no end of pauses")
 
 
