@@ -16,6 +16,7 @@ MAX_DEPTH: Final = 64
 MAX_NODES: Final = 50_000  # with aliases written out
 
 _TAG: Final = "tag:yaml.org,2002:"
+_TOO_DEEP: Final = f"nested more than {MAX_DEPTH} deep"
 _SAFE_TAGS: Final = frozenset(
     _TAG + name
     for name in ("null", "bool", "int", "float", "str", "binary", "timestamp", "seq", "map", "set", "omap", "pairs")
@@ -149,7 +150,7 @@ def _compose(events: Any) -> tuple[Node | None, list[tuple[int, str]]]:
         if size > MAX_NODES:
             raise UnreadableError(line, f"more than {MAX_NODES:,} values, those behind aliases counted at each use")
         if len(opened) + node.depth - 1 > MAX_DEPTH:
-            raise UnreadableError(line, f"nested more than {MAX_DEPTH} deep")
+            raise UnreadableError(line, _TOO_DEEP)
     return next(iter(opened[0][0].children), None), problems
 
 
@@ -186,6 +187,8 @@ def _explained(problem: str, character: str) -> str:
     if character in ("%", "`"):
         return f"`{character}` begins no value in YAML: quote the text"
     problem = _LONG_QUOTE.sub("'...'", problem)
+    if "maximum nesting depth" in problem:  # libyaml has a limit of its own, from 0.2.6 on
+        return _TOO_DEEP
     if "mapping values are not allowed" in problem:
         return "there is a `:` too many, or the indentation is wrong: quote text that holds `: `"
     return f"this is not YAML: {problem}; look at the indentation, brackets and quotes here and above"
