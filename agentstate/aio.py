@@ -220,11 +220,9 @@ class _Wait(Job):
         self.port = port
         self.future: asyncio.Future[None] | None = loop.create_future()  # None when the job has ended
 
-    def done(self) -> None:
-        port = self.port
-        port.inbox.append(self)
-        if not port.woken:
-            port.wake()
+    def done(self) -> _Port:
+        self.port.inbox.append(self)
+        return self.port
 
     async def outlast(self, loop: asyncio.AbstractEventLoop) -> Outcomes:
         """Wait on, however often this task is cancelled. The deadlines of the operations bound the wait."""
@@ -243,7 +241,7 @@ class _Port:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = weakref.ref(loop)
         self.inbox: deque[_Wait] = deque()
-        self.woken = False
+        self._woken = False
         self._outbox: dict[Dispatcher, list[Job]] = {}
 
     def send(self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, job: Job) -> None:
@@ -263,17 +261,19 @@ class _Port:
             dispatcher.submit_jobs(jobs)
 
     def wake(self) -> None:
-        """Called by worker threads, when `woken` is not set: once for all jobs that finish while the loop is busy."""
-        # No lock: the box is emptied after `woken` is taken down, so a job that was put in before is seen, and one
+        """Called by worker threads when they have put jobs into the inbox. Wakes the loop once while it is busy."""
+        # No lock: the box is emptied after `_woken` is taken down, so a job that was put in before is seen, and one
         # that is put in after wakes the loop again (at worst once too often).
-        self.woken = True
+        if self._woken:
+            return
+        self._woken = True
         loop = self.loop()
         if loop is not None:
             with suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(self._open_inbox)
 
     def _open_inbox(self) -> None:
-        self.woken = False
+        self._woken = False
         inbox = self.inbox
         while inbox:
             job = inbox.popleft()

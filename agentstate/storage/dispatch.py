@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome
@@ -44,8 +45,8 @@ class Job:
         self.key = _key(operations[0])
         self.first = 0  # where in the group that it is carried out with its operations begin
 
-    def done(self) -> None:
-        """Tell whoever waits for `outcomes`."""
+    def done(self) -> Waker | None:
+        """Tell whoever waits for `outcomes`; or say who must be woken, once for all jobs, before that one looks."""
         raise NotImplementedError  # abstract
 
 
@@ -60,6 +61,12 @@ class _CallBack(Job):
 
     def done(self) -> None:
         self._function(self.outcomes)
+
+
+class Waker(Protocol):
+    """Somebody who sleeps until jobs are done."""
+
+    def wake(self) -> None: ...
 
 
 def _key(first: Operation) -> str | int:
@@ -150,6 +157,19 @@ class Dispatcher:
             finally:
                 self._draining -= 1
 
+    def finish(self, jobs: list[Job], unfinished: dict[str | int, int]) -> None:
+        """Tell all who wait for these jobs, and free the keys that have no more of the `unfinished` jobs of a group."""
+        with self._lock:
+            for job in jobs:
+                key = job.key
+                left = unfinished[key] = unfinished[key] - 1
+                if not left:
+                    self._free(key)
+        sleepers = {job.done() for job in jobs}
+        for sleeper in sleepers:
+            if sleeper is not None:
+                sleeper.wake()
+
     # --- the following are called with the lock held ---
 
     def _wake_a_worker(self) -> None:
@@ -212,46 +232,13 @@ class Dispatcher:
                         return
                 group = self._take_group()
             if group:
+                together = _Group(self, group)
                 try:
-                    self._carry_out(group)
+                    self._execute(together.operations, together.outcomes, together.settle)
                 finally:
                     with self._lock:
                         self._jobs -= len(group)
                         self._end_group()
-
-    def _carry_out(self, group: list[Job]) -> None:
-        """Execute a group that was taken; finish its jobs, and free their keys, as their outcomes come."""
-        operations: list[Operation] = []
-        owners: list[Job] = []  # of each operation
-        unfinished: dict[str | int, int] = {}
-        for job in group:
-            job.first = len(operations)
-            operations += job.operations
-            owners += (job,) * job.left
-            unfinished[job.key] = unfinished.get(job.key, 0) + 1
-        outcomes: Outcomes = [_PENDING] * len(operations)
-        unsettled = len(operations)
-        began = monotonic_ns()
-
-        def settle(index: int, outcome: Outcome | StateError) -> None:
-            nonlocal unsettled
-            outcomes[index] = outcome
-            unsettled -= 1
-            if not unsettled:  # before the last who waits is told: who was told of all finds all counted
-                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
-            job = owners[index]
-            job.outcomes[index - job.first] = outcome
-            job.left -= 1
-            if job.left:
-                return
-            key = job.key
-            left = unfinished[key] = unfinished[key] - 1
-            if not left:
-                with self._lock:
-                    self._free(key)
-            job.done()
-
-        self._execute(operations, outcomes, settle)
 
     def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
         """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
@@ -268,6 +255,65 @@ class Dispatcher:
                 if outcome is _PENDING:
                     failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
                     settle(index, _abandoned(operations[index], failure))
+
+
+class _Group:
+    """Jobs that are being carried out together. `settle` finishes them, as their outcomes come."""
+
+    __slots__ = (
+        "_began", "_dispatcher", "_finished", "_holds", "_owners", "_unfinished", "_unsettled", "operations", "outcomes"
+    )  # fmt: skip
+
+    def __init__(self, dispatcher: Dispatcher, jobs: list[Job]) -> None:
+        self._dispatcher = dispatcher
+        self.operations: list[Operation] = []
+        self._owners: list[Job] = []  # of each operation
+        self._unfinished: dict[str | int, int] = {}  # how many jobs of each key
+        for job in jobs:
+            job.first = len(self.operations)
+            self.operations += job.operations
+            self._owners += (job,) * job.left
+            self._unfinished[job.key] = self._unfinished.get(job.key, 0) + 1
+        self.outcomes: Outcomes = [_PENDING] * len(self.operations)
+        self._unsettled = len(self.operations)
+        self._finished: list[Job] = []  # whose waiters are not told yet
+        self._holds = False
+        self._began = monotonic_ns()
+
+    def settle(self, index: int, outcome: Outcome | StateError) -> None:
+        self.outcomes[index] = outcome
+        self._unsettled -= 1
+        if not self._unsettled:  # before the last who waits is told: who was told of all finds all counted
+            tally = self._dispatcher._storage.tally
+            tally.note(self.operations, self.outcomes, monotonic_ns() - self._began)
+        job = self._owners[index]
+        job.outcomes[index - job.first] = outcome
+        job.left -= 1
+        if not job.left:
+            self._finished.append(job)
+            if not self._holds:
+                self._tell()
+
+    def _tell(self) -> None:
+        finished, self._finished = self._finished, []
+        self._dispatcher.finish(finished, self._unfinished)
+
+    def __enter__(self) -> None:
+        self._holds = True
+
+    def __exit__(self, *exc: object) -> None:
+        self._holds = False
+        if self._finished:
+            self._tell()
+
+
+def at_once(settle: Settle) -> AbstractContextManager[None]:
+    """A block in which a backend settles several operations: who waits for them is told at its end, all at once.
+
+    Telling them one by one costs a change of threads for each.
+    """
+    group = getattr(settle, "__self__", None)
+    return group if isinstance(group, _Group) else nullcontext()
 
 
 class _Unsettled(Exception):

@@ -34,6 +34,7 @@ from ...errors import (
 )
 from ...keys import KeySpace
 from ...operations import NEVER, Answer, Commit, Lease, Listing, Operation, Outcome, Page, Query
+from ..dispatch import at_once
 from ..document import Document, parse_document
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses, repeat
@@ -362,10 +363,12 @@ class _Execution:
             for group in rest:
                 sent.append(group)
                 connection.send(self._packed(group, stamp))
-            for index in reads:
-                reply = read_reply(cast(Query, self.operations[index]), connection)
-                unread -= 1
-                self._read(index, reply, again)
+            for start in range(0, len(reads), GROUP):
+                with at_once(self.settle):
+                    for index in reads[start : start + GROUP]:
+                        reply = read_reply(cast(Query, self.operations[index]), connection)
+                        unread -= 1
+                        self._read(index, reply, again)
             replies: list[Any] = []
             confirmed = layout.min_replicas
             if confirmed and sent:
@@ -377,7 +380,8 @@ class _Execution:
                 reply = replies[answered] if replies else self._reply(connection, group)
                 answered += 1
                 if type(reply) is list:
-                    self._answered(pool, group, reply, again, confirmed)
+                    with at_once(self.settle):
+                        self._answered(pool, group, reply, again, confirmed)
                 else:
                     self._failed(reply, group, again)
                     unloaded = unloaded or reply.code == "NOSCRIPT"
