@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import suppress
+from contextvars import Context
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -27,15 +28,47 @@ from .storage.dispatch import Dispatcher, Job, Outcomes
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_ONE_OPERATION = (Commit, Query)
 Call = Callable[Concatenate["ConversationContext", P], R]
 
 
 def _awaitable(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, Coroutine[Any, Any, R]]:
-    async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self._run(call(self, *args, **kwargs))
+    return calls.describe(_driven(call), call, "{}")
 
-    return calls.describe(method, call, "{}")
+
+def _driven(call: Callable[Concatenate[Any, P], Calls[R]]) -> Call[P, Coroutine[Any, Any, R]]:
+    """A coroutine function that runs a call to its end."""
+
+    async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        steps = logged(call(self, *args, **kwargs))
+        storage = self.storage
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    kind = type(step)
+                    if storage.waits and (kind is Commit or kind is Query):  # for speed alone: nearly all steps are
+                        (outcome,) = await _Wait((step,), storage.dispatcher)
+                        if isinstance(outcome, StateError):
+                            raise outcome
+                    else:
+                        outcome = await self._perform(step)
+                except StateError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+        except BaseException:  # cancelled or interrupted: the call is told, and cleans up
+            steps.close()
+            raise
+
+    return method
+
+
+def _given(_: ConversationContext, steps: Calls[R]) -> Calls[R]:
+    """For calls that have begun."""
+    return steps
 
 
 def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
@@ -133,29 +166,7 @@ class ConversationContext(Caller):
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
-    async def _run(self, steps: Calls[R]) -> R:
-        """Run a call to its end."""
-        steps = logged(steps)
-        storage = self.storage
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    # The first branch is for speed alone: nearly all steps are one operation.
-                    if isinstance(step, _ONE_OPERATION):
-                        outcome: Any = _raised((await _carry_out(storage, (step,)))[0])
-                    else:
-                        outcome = await self._perform(step)
-                except StateError as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(outcome)
-        except StopIteration as stop:
-            result: R = stop.value
-            return result
-        except BaseException:  # cancelled or interrupted: the call is told, and cleans up
-            steps.close()
-            raise
+    _run = _driven(_given)
 
     async def _perform(self, step: Step) -> Any:
         """Carry out one step and return its outcome, or raise its error."""
@@ -211,28 +222,69 @@ def _raised(outcome: Outcome | StateError) -> Outcome:
 
 
 class _Wait(Job):
-    """A job that a task of an event loop waits for."""
+    """A job that a task of an event loop awaits: ``outcomes = await _Wait(operations, dispatcher)``.
 
-    __slots__ = ("future", "port")
+    It is what asyncio calls future-like, and not a future: when it is done, the task goes on in the same pass of the
+    loop. (A future would put a callback for each task into the loop's queue, a tenth of what a call costs.)
+    """
 
-    def __init__(self, operations: tuple[Any, ...], port: _Port, loop: asyncio.AbstractEventLoop) -> None:
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_dispatcher", "_go_on", "_port")
+
+    def __init__(self, operations: tuple[Any, ...], dispatcher: Dispatcher) -> None:
         super().__init__(operations)
-        self.port = port
-        self.future: asyncio.Future[None] | None = loop.create_future()  # None when the job has ended
+        self._dispatcher = dispatcher
+        self._port = _port_of_this_loop()
+        self._go_on: Callable[[_Wait], object] | None = None  # lets the task go on, if it waits
+        self._cancelled: asyncio.CancelledError | None = None
+
+    def __await__(self) -> Generator[_Wait, None, Outcomes]:
+        self._port.send(self._dispatcher, self)
+        self._asyncio_future_blocking = True
+        try:
+            yield self
+        except asyncio.CancelledError as cancelled:
+            # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over.
+            if not self._dispatcher.withdraw(self):
+                # Waits on, however often the task is cancelled. The deadlines of the operations bound the wait.
+                while self.left:
+                    self._asyncio_future_blocking = True
+                    with suppress(asyncio.CancelledError):
+                        yield self
+                for outcome in self.outcomes:
+                    if isinstance(outcome, StateOutcomeUnknownError):
+                        raise cancelled from outcome
+            raise
+        return self.outcomes
 
     def done(self) -> _Port:
-        self.port.inbox.append(self)
-        return self.port
+        self._port.inbox.append(self)
+        return self._port
 
-    async def outlast(self, loop: asyncio.AbstractEventLoop) -> Outcomes:
-        """Wait on, however often this task is cancelled. The deadlines of the operations bound the wait."""
-        while self.future is not None:
-            self.future = loop.create_future()
-            try:
-                await self.future
-            except asyncio.CancelledError:
-                continue
-        return self.outcomes
+    def go_on(self) -> None:
+        """Let the task go on. Called by the event loop, as is all that follows, which asyncio wants of a future."""
+        go_on, self._go_on = self._go_on, None
+        if go_on is not None:
+            self._context.run(go_on, self)
+
+    def get_loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._port.loop()
+
+    def add_done_callback(self, function: Callable[[_Wait], object], *, context: Context) -> None:
+        self._go_on = function
+        self._context = context
+
+    def cancel(self, msg: Any = None) -> bool:
+        loop = self._port.loop()
+        if self._cancelled is not None or self._go_on is None or loop is None:
+            return False
+        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        loop.call_soon(self.go_on)
+        return True
+
+    def result(self) -> None:
+        cancelled, self._cancelled = self._cancelled, None
+        if cancelled is not None:
+            raise cancelled
 
 
 class _Port:
@@ -244,7 +296,7 @@ class _Port:
         self._woken = False
         self._outbox: dict[Dispatcher, list[Job]] = {}
 
-    def send(self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, job: Job) -> None:
+    def send(self, dispatcher: Dispatcher, job: Job) -> None:
         """Hand a job over at the end of this pass of the loop, together with all others of the pass."""
         outbox = self._outbox
         jobs = outbox.get(dispatcher)
@@ -252,7 +304,7 @@ class _Port:
             jobs.append(job)
             return
         if not outbox:
-            loop.call_soon(self._send_all)
+            asyncio.get_running_loop().call_soon(self._send_all)
         outbox[dispatcher] = [job]
 
     def _send_all(self) -> None:
@@ -275,19 +327,21 @@ class _Port:
     def _open_inbox(self) -> None:
         self._woken = False
         inbox = self.inbox
-        while inbox:
-            job = inbox.popleft()
-            future, job.future = job.future, None
-            if future is not None and not future.done():
-                future.set_result(None)
+        try:
+            while inbox:
+                inbox.popleft().go_on()
+        finally:
+            if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit)
+                self.wake()
 
 
 _ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
 _last_port: _Port | None = None  # most programs have one loop: found without a look into the dictionary
 
 
-def _port_of(loop: asyncio.AbstractEventLoop) -> _Port:
+def _port_of_this_loop() -> _Port:
     global _last_port
+    loop = asyncio.get_running_loop()
     port = _last_port
     if port is None or port.loop() is not loop:
         port = _ports.get(loop)
@@ -301,19 +355,4 @@ async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outc
     """Carry out operations on one context, in order."""
     if not storage.waits:
         return storage.carry_out(operations)
-    loop = asyncio.get_running_loop()
-    port = _port_of(loop)
-    job = _Wait(operations, port, loop)
-    assert job.future is not None
-    dispatcher = storage.dispatcher
-    port.send(loop, dispatcher, job)
-    try:
-        await job.future
-    except asyncio.CancelledError as cancelled:
-        # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over.
-        if not dispatcher.withdraw(job):
-            for outcome in await job.outlast(loop):
-                if isinstance(outcome, StateOutcomeUnknownError):
-                    raise cancelled from outcome
-        raise
-    return job.outcomes
+    return await _Wait(operations, storage.dispatcher)

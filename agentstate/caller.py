@@ -143,7 +143,7 @@ class Caller:
             changes,
             new_commit_id() if commit_id is None else check_commit_id(commit_id),
             self.user_id,
-            self._fence(context_id),
+            self._fence(context_id) if self._fences or held_turns.get() else None,
             False,
             None,
             None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .caller import Each, Emit, InOrder
@@ -32,17 +31,19 @@ def logged(steps: Generator[S, Any, R]) -> Generator[S, Any, R]:
     """
     if "logging" in sys.modules:
         for name in LOGGED_AS:
-            logger = _logger(name)
+            logger = _loggers.get(name) or _logger(name)
             if logger.isEnabledFor(_DEBUG):
                 return _logging(steps, logger)
     return steps
 
 
-@cache
+_loggers: dict[str, Logger] = {}
+
+
 def _logger(name: str) -> Logger:
     from logging import getLogger
 
-    return getLogger(name)
+    return _loggers.setdefault(name, getLogger(name))
 
 
 def _logging(steps: Generator[S, Any, R], logger: Logger) -> Generator[S, Any, R]:

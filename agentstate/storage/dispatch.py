@@ -9,6 +9,7 @@ much to do, and a lone call waits for nobody.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic_ns
@@ -158,12 +159,19 @@ class Dispatcher:
                 self._draining -= 1
 
     def finish(self, jobs: list[Job], unfinished: dict[str | int, int]) -> None:
-        """Tell all who wait for these jobs, and free the keys that have no more of the `unfinished` jobs of a group."""
+        """Tell all who wait for these jobs, and free the keys that have no more jobs in their group.
+
+        `unfinished`: of keys with several jobs in the group, how many are not finished.
+        """
         with self._lock:
             for job in jobs:
                 key = job.key
-                left = unfinished[key] = unfinished[key] - 1
-                if not left:
+                if key in unfinished:
+                    unfinished[key] -= 1
+                    if unfinished[key]:
+                        continue
+                self._busy.discard(key)
+                if key in self._held:
                     self._free(key)
         sleepers = {job.done() for job in jobs}
         for sleeper in sleepers:
@@ -268,12 +276,15 @@ class _Group:
         self._dispatcher = dispatcher
         self.operations: list[Operation] = []
         self._owners: list[Job] = []  # of each operation
-        self._unfinished: dict[str | int, int] = {}  # how many jobs of each key
         for job in jobs:
             job.first = len(self.operations)
             self.operations += job.operations
-            self._owners += (job,) * job.left
-            self._unfinished[job.key] = self._unfinished.get(job.key, 0) + 1
+            if job.left == 1:
+                self._owners.append(job)
+            else:
+                self._owners += (job,) * job.left
+        keys = Counter(job.key for job in jobs) if len({job.key for job in jobs}) < len(jobs) else {}
+        self._unfinished: dict[str | int, int] = {key: times for key, times in keys.items() if times > 1}
         self.outcomes: Outcomes = [_PENDING] * len(self.operations)
         self._unsettled = len(self.operations)
         self._finished: list[Job] = []  # whose waiters are not told yet

@@ -42,8 +42,6 @@ MICROSECONDS: Final = 1_000_000
 
 _EMPTY: Final = bulk(b"")
 
-_UNCONDITIONED: Final = (None, None, False, None, None)
-
 _SPELLED_OUT: Final = 50
 """Messages or keys of one change that get a letter each: the script's short way knows no counts."""
 
@@ -85,8 +83,16 @@ def script() -> bytes:
 
 def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a commit, and say how many they are. `context_id` is packed already."""
-    changes, commit_id = commit.changes, commit.commit_id
-    if commit.fresh and len(changes) == 1 and commit[3:8] == _UNCONDITIONED and not commit.answer:
+    _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _, fresh = commit
+    if (
+        fresh
+        and len(changes) == 1
+        and user is None
+        and fence is None
+        and expect is None
+        and idle_for is None
+        and not (absent or answer)
+    ):
         change = changes[0]
         if type(change) is Append and len(change.messages) == 1:  # by far the most frequent one
             message = change.messages[0]
