@@ -42,7 +42,9 @@ def _encoder() -> Callable[[Any], str]:
 
 
 _quoted: Callable[[str], str] = json.encoder.encode_basestring  # text to JSON text
-_to_text = _encoder()
+json_text = _encoder()
+"""The JSON text of a value of JSON's own types; what else it is given is a TypeError, or text that is not JSON."""
+
 _decoder: Any = json.JSONDecoder()
 _from_text = _decoder.scan_once
 
@@ -207,7 +209,7 @@ def _type_name(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """The JSON text of a value. Raises _Refused, and ValueError where the process set a lower limit for integers."""
-    return _quoted(value) if type(value) is str else _to_text(_plain(value, 0))
+    return _quoted(value) if type(value) is str else json_text(_plain(value, 0))
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -322,7 +324,7 @@ def _path_of_surrogate(value: Any) -> str:
 
 def _encodable(plain: Any) -> bool:
     try:
-        _to_text(plain).encode()
+        json_text(plain).encode()
     except UnicodeEncodeError:
         return False
     return True

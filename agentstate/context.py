@@ -121,8 +121,11 @@ class SyncConversationContext(Caller):
             step = next(steps)
             while True:
                 try:
-                    if storage.waits or not isinstance(step, _ONE_OPERATION):
+                    # The last two branches are for speed alone: nearly all steps are one operation.
+                    if not isinstance(step, _ONE_OPERATION):
                         outcome = self._perform(step)
+                    elif storage.waits:
+                        outcome = _raised(storage.dispatcher.perform((step,))[0])
                     else:
                         outcome = storage.call(step)
                 except StateError as error:
