@@ -11,14 +11,15 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from .errors import StateSerializationError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
+    from typing import Any, Final, TypeVar
 
-T = TypeVar("T")
+    T = TypeVar("T")
 
 MAX_DEPTH: Final = 200
 """Levels of nesting. Python's own reader and writer recurse, and a handler may call them from a deep stack."""
@@ -99,11 +100,13 @@ def decode_as(cls: type[T], value: Any) -> T:
         raise TypeError(f"as_type must be a dataclass, not {cls!r}")
     from dataclasses_json import DataClassJsonMixin
 
+    made_by: Any = cls
     if "from_dict" in vars(cls) or issubclass(cls, DataClassJsonMixin):
-        reader = cast(Any, cls).from_dict  # the class's own settings (letter case, field names) hold
+        reader = made_by.from_dict  # the class's own settings (letter case, field names) hold
     else:
         reader = DataClassJsonMixin.from_dict.__func__.__get__(cls)  # type: ignore[attr-defined]
-    return cast(T, reader(_with_times(cls, value)))
+    result: T = reader(_with_times(cls, value))
+    return result
 
 
 def message(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
@@ -18,10 +17,15 @@ from .calllog import logged
 from .errors import StateError
 from .operations import Commit, Outcome, Query
 
-P = ParamSpec("P")
-R = TypeVar("R")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Concatenate, ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+    Call = Callable[Concatenate["SyncConversationContext", P], R]
+
 _ONE_OPERATION = (Commit, Query)
-Call = Callable[Concatenate["SyncConversationContext", P], R]
 
 
 def _blocking(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, R]:

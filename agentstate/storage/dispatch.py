@@ -11,12 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Final, TypeAlias
+
     from .base import Settle, StateStorage
 
 Outcomes: TypeAlias = list[Outcome | StateError]
