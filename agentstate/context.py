@@ -145,9 +145,6 @@ class SyncConversationContext(Caller):
 
     def _perform(self, step: Step) -> Any:
         """Carry out one step and return its outcome, or raise its error."""
-        # The first branch is for speed alone: nearly all steps are one operation.
-        if isinstance(step, _ONE_OPERATION) and not self.storage.waits:
-            return self.storage.call(step)
         if isinstance(step, Sleep):
             time.sleep(step.seconds)
             return None
