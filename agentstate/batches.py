@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from . import codec
 from .caller import (
@@ -27,6 +26,10 @@ from .errors import StateConflictError, StateError, StateOutcomeUnknownError, St
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
 from .storage.renewal import keep_renewing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Batch:

@@ -8,21 +8,25 @@ from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import count
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from . import codec
 from .errors import StateAccessError
 from .keys import check_context_id, check_user_id
 from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim, Window
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NamedTuple
+    from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
     from .storage.base import StateStorage
+
+    R = TypeVar("R")
+    CallerT = TypeVar("CallerT", bound="Caller")
 else:
     from .records import NamedTuple
 
-R = TypeVar("R")
+    Generic, R = tuple, object  # which a class statement below names
+
 
 UPDATABLE = ("user_id", "variables", "metadata", "history")
 """The fields that `update_state` sets."""
@@ -56,11 +60,14 @@ class Emit(NamedTuple, Generic[R]):
 
 
 Step: TypeAlias = Operation | Sleep | InOrder | Each
-Calls: TypeAlias = Generator[Step, Any, R]
-"""What a documented call is here; R is what it returns to the caller."""
+if TYPE_CHECKING:
+    Calls: TypeAlias = Generator[Step, Any, R]
+    """What a documented call is here; R is what it returns to the caller."""
 
-Emits: TypeAlias = Generator[Operation | Emit[R], Any, None]
-"""What a documented iterator is here; R is what it hands out."""
+    Emits: TypeAlias = Generator[Operation | Emit[R], Any, None]
+    """What a documented iterator is here; R is what it hands out."""
+else:
+    Calls = Emits = Generator
 
 
 # --- commit ids and turns -------------------------------------------------------------------------------------------
@@ -171,9 +178,6 @@ class Caller:
         if self.user_id is not None and user_id != self.user_id:
             raise StateAccessError(f"this context is bound to {self.user_id!r}, not {user_id!r}", context_id=context_id)
         return check_user_id(user_id)
-
-
-CallerT = TypeVar("CallerT", bound=Caller)
 
 
 def check_commit_id(commit_id: Any) -> str:

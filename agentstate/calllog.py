@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from .caller import Each, Emit, InOrder
 from .errors import StateError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from logging import Logger
+    from typing import Any, TypeVar
 
-R = TypeVar("R")
-S = TypeVar("S")
+    R = TypeVar("R")
+    S = TypeVar("S")
+
 
 LOGGED_AS = ["agentstate.context"]
 """Names of the loggers that operations may be logged by: the first that is enabled for DEBUG takes the record."""

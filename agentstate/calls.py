@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import count
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from . import codec
 from .caller import (
@@ -52,13 +51,15 @@ from .operations import (
     Window,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
+    from typing import Any, ParamSpec, TypeVar
 
     from .state import ConversationState, Message
 
-P = ParamSpec("P")
-R = TypeVar("R")
+    P = ParamSpec("P")
+    R = TypeVar("R")
 
 
 # --- the whole context ----------------------------------------------------------------------------------------------

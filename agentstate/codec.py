@@ -11,14 +11,15 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from .errors import StateSerializationError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
+    from typing import Any, Final, TypeVar
 
-T = TypeVar("T")
+    T = TypeVar("T")
 
 MAX_DEPTH: Final = 200
 """Levels of nesting. Python's own reader and writer recurse, and a handler may call them from a deep stack."""
@@ -42,7 +43,9 @@ def _encoder() -> Callable[[Any], str]:
 
 
 _quoted: Callable[[str], str] = json.encoder.encode_basestring  # text to JSON text
-_to_text = _encoder()
+json_text = _encoder()
+"""The JSON text of a value of JSON's own types; what else it is given is a TypeError, or text that is not JSON."""
+
 _decoder: Any = json.JSONDecoder()
 _from_text = _decoder.scan_once
 
@@ -97,11 +100,13 @@ def decode_as(cls: type[T], value: Any) -> T:
         raise TypeError(f"as_type must be a dataclass, not {cls!r}")
     from dataclasses_json import DataClassJsonMixin
 
+    made_by: Any = cls
     if "from_dict" in vars(cls) or issubclass(cls, DataClassJsonMixin):
-        reader = cast(Any, cls).from_dict  # the class's own settings (letter case, field names) hold
+        reader = made_by.from_dict  # the class's own settings (letter case, field names) hold
     else:
         reader = DataClassJsonMixin.from_dict.__func__.__get__(cls)  # type: ignore[attr-defined]
-    return cast(T, reader(_with_times(cls, value)))
+    result: T = reader(_with_times(cls, value))
+    return result
 
 
 def message(
@@ -207,7 +212,7 @@ def _type_name(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """The JSON text of a value. Raises _Refused, and ValueError where the process set a lower limit for integers."""
-    return _quoted(value) if type(value) is str else _to_text(_plain(value, 0))
+    return _quoted(value) if type(value) is str else json_text(_plain(value, 0))
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -322,7 +327,7 @@ def _path_of_surrogate(value: Any) -> str:
 
 def _encodable(plain: Any) -> bool:
     try:
-        _to_text(plain).encode()
+        json_text(plain).encode()
     except UnicodeEncodeError:
         return False
     return True

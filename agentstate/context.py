@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
@@ -18,10 +17,15 @@ from .calllog import logged
 from .errors import StateError
 from .operations import Commit, Outcome, Query
 
-P = ParamSpec("P")
-R = TypeVar("R")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Concatenate, ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+    Call = Callable[Concatenate["SyncConversationContext", P], R]
+
 _ONE_OPERATION = (Commit, Query)
-Call = Callable[Concatenate["SyncConversationContext", P], R]
 
 
 def _blocking(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, R]:
@@ -121,8 +125,11 @@ class SyncConversationContext(Caller):
             step = next(steps)
             while True:
                 try:
-                    if storage.waits or not isinstance(step, _ONE_OPERATION):
+                    # The last two branches are for speed alone: nearly all steps are one operation.
+                    if not isinstance(step, _ONE_OPERATION):
                         outcome = self._perform(step)
+                    elif storage.waits:
+                        outcome = _raised(storage.dispatcher.perform((step,))[0])
                     else:
                         outcome = storage.call(step)
                 except StateError as error:
@@ -138,9 +145,6 @@ class SyncConversationContext(Caller):
 
     def _perform(self, step: Step) -> Any:
         """Carry out one step and return its outcome, or raise its error."""
-        # The first branch is for speed alone: nearly all steps are one operation.
-        if isinstance(step, _ONE_OPERATION) and not self.storage.waits:
-            return self.storage.call(step)
         if isinstance(step, Sleep):
             time.sleep(step.seconds)
             return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
 
 from .errors import InvalidContextIdError, StateConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NamedTuple
+    from typing import Any, Final, NamedTuple
 else:
     from .records import NamedTuple
 

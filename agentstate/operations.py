@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NamedTuple
+    from typing import Final, Literal, NamedTuple, TypeAlias
 else:
     from .records import NamedTuple
 

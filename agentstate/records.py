@@ -7,7 +7,10 @@ compiles; here they are left to the type checker, which is told that these are t
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class _Fields(type):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import agentstate
 from agentstate.context import SyncConversationContext
 from agentstate.operations import REMEMBER_CLEARED, Commit, Create, Lease
 from agentstate.storage import memory
@@ -23,6 +26,34 @@ def test_it_answers_without_a_thread_of_its_own() -> None:
     for number in range(10):
         context.add_to_history("a", "user", number)
     assert threading.active_count() == before
+
+
+def test_a_script_imports_little_for_it() -> None:
+    heavy = [
+        "asyncio",
+        "valkey",
+        "yaml",
+        "filelock",
+        "dataclasses_json",
+        "dataclasses",
+        "datetime",
+        "inspect",
+        "logging",
+        "typing",
+    ]
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(agentstate.__file__).parent.parent)!r})
+        from agentstate import SyncConversationContext
+        context = SyncConversationContext()
+        context.add_to_history("a", "user", "hi")
+        context.set_variable("a", "k", [1])
+        assert context.get_history("a", limit=1)[0]["content"] == "hi"
+        print([name for name in {heavy!r} if name in sys.modules])
+    """
+    # Without `site`, which runs what other packages have put there, imports included.
+    command = [sys.executable, "-S", "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_every_storage_is_a_store_of_its_own() -> None:

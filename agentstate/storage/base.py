@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import isfinite
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
@@ -19,7 +18,10 @@ from .dispatch import Dispatcher
 from .renewal import forget_after_fork
 from .tally import TIMED_ONE_IN, Tally
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, ClassVar, Final, TypeAlias
+
     from .statistics import StorageStatistics
 
 Settle: TypeAlias = Callable[[int, Outcome | StateError], None]

@@ -11,15 +11,23 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from typing import Any, Final, Protocol, TypeAlias
+
     from .base import Settle, StateStorage
+
+    class Waker(Protocol):
+        """Somebody who sleeps until jobs are done."""
+
+        def wake(self) -> None: ...
+
 
 Outcomes: TypeAlias = list[Outcome | StateError]
 Done: TypeAlias = Callable[[Outcomes], None]
@@ -323,6 +331,8 @@ def at_once(settle: Settle) -> AbstractContextManager[None]:
 
     Telling them one by one costs a change of threads for each.
     """
+    from contextlib import nullcontext
+
     group = getattr(settle, "__self__", None)
     return group if isinstance(group, _Group) else nullcontext()
 

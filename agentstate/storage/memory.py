@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
 
 from ..errors import StateError
 from ..operations import (
@@ -27,6 +26,10 @@ from ..operations import (
 )
 from .base import Settle, StateStorage, check_deadline, now_microseconds
 from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar
 
 
 class _Context(Image):
@@ -94,9 +97,9 @@ class InMemoryStorage(StateStorage):
                 outcome = error
             settle(index, outcome)
 
-    def call(self, operation: Operation) -> Outcome:
+    def _outcome_of(self, operation: Operation) -> Outcome:
         if type(self).execute is not InMemoryStorage.execute:  # a class derived from this one does more than this
-            return super().call(operation)
+            return super()._outcome_of(operation)
         return self._carry_out(operation)
 
     def _carry_out(self, operation: Operation) -> Outcome:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from ..errors import StateError
 from ..operations import Lease, Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .base import StateStorage
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
-from typing import Any, Final, NoReturn
 
 from ..codec import MAX_INTEGER_DIGITS, decode
 from ..errors import StateAccessError, StateConflictError, TurnLostError
@@ -36,6 +35,10 @@ from ..operations import (
     kept_answer,
     visible,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final, NoReturn
 
 TRUE: Final[Answer] = b"true"
 FALSE: Final[Answer] = b"false"

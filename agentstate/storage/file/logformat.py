@@ -50,6 +50,7 @@ from math import inf
 from typing import Any, Final, TypeAlias
 from zlib import crc32
 
+from ...codec import json_text
 from ...operations import ALREADY_APPLIED, kept_answer
 from ..resolve import Effects, Image
 
@@ -239,14 +240,13 @@ def read_header(data: bytes, seed: int) -> dict[str, Any]:
 
 # --- writing lines --------------------------------------------------------------------------------------------------
 
-_to_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 to_ascii = json.JSONEncoder(separators=(",", ":")).encode
 is_plain_id = re.compile(r"[A-Za-z0-9_.:-]+").fullmatch  # for a commit id that needs no escapes
 
 
 def text(value: Any) -> bytes:
     try:
-        return _to_text(value).encode()
+        return json_text(value).encode()
     except UnicodeEncodeError:
         return to_ascii(value).encode()
 

@@ -443,16 +443,18 @@ class LogImage(Image):
                 parts.append(b',"variables":' + object_of(self.variables))
             if self.metadata:
                 parts.append(b',"metadata":' + object_of(self.metadata))
-        commits = list(self.commits.items())[-REMEMBERED_COMMITS:]
-        prefix = commonprefix([commit_id for commit_id, _ in commits])  # noqa: RUF071 - of texts, these are no paths
-        suffixes = [commit_id[len(prefix) :] for commit_id, _ in commits]
-        parts.append(b',"commits":' + text([prefix, *suffixes]))
-        answers = {commit_id: answer for commit_id, answer in commits if answer and answer != ALREADY_APPLIED}
-        unkept = [commit_id for commit_id, answer in commits if answer == ALREADY_APPLIED]
-        if answers:
-            parts.append(b',"answers":' + object_of(answers))
-        if unkept:
-            parts.append(b',"unkept":' + text(unkept))
+        ids = list(self.commits)[-REMEMBERED_COMMITS:]
+        prefix = commonprefix(ids)  # noqa: RUF071 - of texts, these are no paths
+        begin = len(prefix)
+        parts.append(b',"commits":' + text([prefix, *[commit_id[begin:] for commit_id in ids]]))
+        if any(self.commits.values()):
+            commits = list(self.commits.items())[-REMEMBERED_COMMITS:]
+            answers = {commit_id: answer for commit_id, answer in commits if answer and answer != ALREADY_APPLIED}
+            unkept = [commit_id for commit_id, answer in commits if answer == ALREADY_APPLIED]
+            if answers:
+                parts.append(b',"answers":' + object_of(answers))
+            if unkept:
+                parts.append(b',"unkept":' + text(unkept))
         parts.append(b',"live":%d,"base":%d,"runs":%b' % (self.live, self.base, text(self.runs[self.listed :])))
         if self.listing is not None:
             parts.append(b',"older":[%d,%d]' % self.listing)

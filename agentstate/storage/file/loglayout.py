@@ -10,11 +10,10 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
-from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
+from ...operations import Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
 from ..resolve import check_owner
 from .access import Access
@@ -40,7 +39,7 @@ _logger = logging.getLogger("agentstate.storage.file")
 class _Unit:
     """The operations on one context in a group, in order, and what became of them."""
 
-    __slots__ = ("ends", "indexes", "log", "operations", "outcomes", "written")
+    __slots__ = ("ends", "found", "indexes", "log", "operations", "outcomes", "written")
 
     def __init__(self) -> None:
         self.indexes: list[int] = []
@@ -48,7 +47,8 @@ class _Unit:
         self.outcomes: list[Outcome | StateError] = []
         self.ends: list[int] = []  # after each operation, where the line of the last commit ends
         self.written = False
-        self.log: LogFile | None = None
+        self.found: LogFile | None = None  # the log of the context, as it is known
+        self.log: LogFile | None = None  # the same once it is locked
 
     def settle_all(self, settle: Settle) -> None:
         for index, outcome in zip(self.indexes, self.outcomes, strict=True):
@@ -135,7 +135,7 @@ class LogLayout:
         settle(0, outcome)
 
     def _execute_one(self, operation: Operation) -> Outcome:
-        if operation.deadline != NEVER:
+        if time.monotonic() >= operation.deadline:
             check_deadline(operation)
         if isinstance(operation, Query):
             return self._query(operation)
@@ -280,7 +280,8 @@ class LogLayout:
                 unit.outcomes = [_outcome_of(self._execute_one, operation) for operation in unit.operations]
                 unit.settle_all(settle)
                 continue
-            waiting.setdefault(self._lock_of(self.log_of(context_id)), []).append(unit)
+            unit.found = log = self.log_of(context_id)
+            waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
         try:
             if waiting:
                 self.access.open(min(unit.operations[0].deadline for units in waiting.values() for unit in units))
@@ -349,20 +350,20 @@ class LogLayout:
 
     def _take_in(self, unit: _Unit) -> None:
         """Write a unit's commits to their file. Its log stays locked until they are flushed."""
-        context_id = unit.operations[0].context_id
-        while True:
-            log = self.log_of(context_id)
-            log.lock.acquire()
-            if not log.discarded:
-                break
+        log = unit.found
+        assert log is not None
+        log.lock.acquire()
+        while log.discarded:
             log.lock.release()
+            log = self.log_of(log.context_id)
+            log.lock.acquire()
         unit.log = log
         try:
             log.ready()
             for operation in unit.operations:
                 identity = log.identity
                 try:
-                    if operation.deadline != NEVER:
+                    if time.monotonic() >= operation.deadline:
                         check_deadline(operation)
                     if log.image is None:  # after an error
                         log.ready()
@@ -457,8 +458,10 @@ class LogLayout:
                 if log is None:
                     log = logs[context_id] = log_file(self.folder, context_id, trusted=self.exclusive)
             return log
-        with suppress(KeyError):  # let go of by another thread meanwhile
+        try:  # noqa: SIM105 - suppress() takes longer than all of this
             logs.move_to_end(context_id)
+        except KeyError:  # let go of by another thread meanwhile
+            pass
         return log
 
     def cache(self, operations: int) -> CacheStatistics:
