@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from . import calls
 from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
-from .calllog import logged
+from .calllog import observed
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
@@ -40,7 +40,7 @@ def _awaitable(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, Coro
 
 def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
-        steps = logged(call(self, *args, **kwargs))
+        steps = observed(call(self, *args, **kwargs), self.storage)
         outcome: Any = None
         while True:
             try:
@@ -135,7 +135,7 @@ class ConversationContext(Caller):
 
     async def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
-        steps = logged(steps)
+        steps = observed(steps, self.storage)
         storage = self.storage
         try:
             step = next(steps)

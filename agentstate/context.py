@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from . import calls
 from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
-from .calllog import logged
+from .calllog import observed
 from .errors import StateError
 from .operations import Commit, Outcome, Query
 
@@ -33,7 +33,7 @@ def _blocking(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, R]:
 
 def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        steps = logged(call(self, *args, **kwargs))
+        steps = observed(call(self, *args, **kwargs), self.storage)
         outcome: Any = None
         while True:
             try:
@@ -115,15 +115,15 @@ class SyncConversationContext(Caller):
 
     def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
-        steps = logged(steps)
         storage = self.storage
+        steps = observed(steps, storage)
         try:
             step = next(steps)
             while True:
                 try:
                     if storage.waits or not isinstance(step, _ONE_OPERATION):
                         outcome = self._perform(step)
-                    else:
+                    else:  # for speed alone: nearly all steps are one operation
                         outcome = storage.call(step)
                 except StateError as error:
                     step = steps.throw(error)
@@ -138,9 +138,6 @@ class SyncConversationContext(Caller):
 
     def _perform(self, step: Step) -> Any:
         """Carry out one step and return its outcome, or raise its error."""
-        # The first branch is for speed alone: nearly all steps are one operation.
-        if isinstance(step, _ONE_OPERATION) and not self.storage.waits:
-            return self.storage.call(step)
         if isinstance(step, Sleep):
             time.sleep(step.seconds)
             return None

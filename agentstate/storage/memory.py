@@ -94,9 +94,9 @@ class InMemoryStorage(StateStorage):
                 outcome = error
             settle(index, outcome)
 
-    def call(self, operation: Operation) -> Outcome:
+    def _outcome_of(self, operation: Operation) -> Outcome:
         if type(self).execute is not InMemoryStorage.execute:  # a class derived from this one does more than this
-            return super().call(operation)
+            return super()._outcome_of(operation)
         return self._carry_out(operation)
 
     def _carry_out(self, operation: Operation) -> Outcome:
@@ -188,6 +188,9 @@ class InMemoryStorage(StateStorage):
         wanted = partial(_listed, listing=listing, now=now)
         ids = (context_id for context_id, context in self._contexts.items() if wanted(context))
         return Page(tuple(ids), None)
+
+    def telemetry_attributes(self) -> dict[str, str | int]:
+        return {"db.system.name": "agentstate.memory"}
 
     def close(self) -> None:
         super().close()
