@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from . import calls
 from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
-from .calllog import logged
+from .calllog import observed
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
@@ -39,8 +39,8 @@ def _driven(call: Callable[Concatenate[Any, P], Calls[R]]) -> Call[P, Coroutine[
     """A coroutine function that runs a call to its end."""
 
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        steps = logged(call(self, *args, **kwargs))
         storage = self.storage
+        steps = observed(call(self, *args, **kwargs), storage)
         try:
             step = next(steps)
             while True:
@@ -73,7 +73,7 @@ def _given(_: ConversationContext, steps: Calls[R]) -> Calls[R]:
 
 def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, AsyncIterator[R]]:
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
-        steps = logged(call(self, *args, **kwargs))
+        steps = observed(call(self, *args, **kwargs), self.storage)
         outcome: Any = None
         while True:
             try:

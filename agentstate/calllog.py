@@ -1,18 +1,21 @@
-"""The debug log of the contexts: one record per call, with sizes and times, and never with contents."""
+"""What is told of calls when they end: to the debug log and to telemetry. Sizes and times, never contents."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from .caller import Each, Emit, InOrder
 from .errors import StateError
+from .operations import Change, Commit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from logging import Logger
     from typing import Any, TypeVar
+
+    from .storage.base import StateStorage
 
     R = TypeVar("R")
     S = TypeVar("S")
@@ -22,21 +25,45 @@ LOGGED_AS = ["agentstate.context"]
 """Names of the loggers that operations may be logged by: the first that is enabled for DEBUG takes the record."""
 
 _DEBUG = 10  # logging.DEBUG
-_LOGGED_NAMES = {"_finish": "batch", "_take": "turn", "_end": "end of turn"}
+_NAMES = {"_finish": "batch", "_take": "turn", "_end": "end of turn"}
 
 
-def logged(steps: Generator[S, Any, R]) -> Generator[S, Any, R]:
-    """`steps`, which write one DEBUG record when they end, if somebody wants it.
+class Call:
+    """A call of a context: what it is called and about, how many bytes of values went each way, and how it ended."""
 
-    It says what was called, for which context, how many bytes of values went each way and how long the storage took;
-    never what the values are. An application that does not use `logging` does not pay for its import.
+    __slots__ = ("bytes_read", "bytes_written", "changes", "context_id", "error", "finished", "name", "seconds", "span")
+
+    def __init__(self, name: str) -> None:
+        self.name = _NAMES.get(name, name)
+        self.context_id: str | None = None
+        self.bytes_written = 0
+        self.bytes_read = 0
+        self.changes: Sequence[Change] = ()  # that a batch (or turn) commits as one
+        self.seconds = 0.0  # that the storage took, waiting in the queue included
+        self.finished = False  # whether it was left neither by an exception nor by whoever had waited for it
+        self.error: BaseException | None = None
+        self.span: Any = None
+
+
+def observed(steps: Generator[S, Any, R], storage: StateStorage) -> Generator[S, Any, R]:
+    """`steps`, of which is told what was called, for which context, how many bytes of values went each way and how
+    long the storage took, where somebody wants it; never what the values are.
+
+    The debug log gets one record when they end, and the storage's `telemetry` a span around them. An application that
+    does not use `logging` does not pay for its import.
     """
-    if "logging" in sys.modules:
-        for name in LOGGED_AS:
-            logger = _loggers.get(name) or _logger(name)
-            if logger.isEnabledFor(_DEBUG):
-                return _logging(steps, logger)
-    return steps
+    logger = _enabled_logger() if "logging" in sys.modules else None
+    if logger is None and storage.telemetry is None:
+        return steps
+    return _observing(steps, logger, storage.telemetry)
+
+
+def _enabled_logger() -> Logger | None:
+    for name in LOGGED_AS:
+        logger = _loggers.get(name) or _logger(name)
+        if logger.isEnabledFor(_DEBUG):
+            return logger
+    return None
 
 
 _loggers: dict[str, Logger] = {}
@@ -48,48 +75,63 @@ def _logger(name: str) -> Logger:
     return _loggers.setdefault(name, getLogger(name))
 
 
-def _logging(steps: Generator[S, Any, R], logger: Logger) -> Generator[S, Any, R]:
-    context_id: str | None = None
-    written = read = 0
-    seconds = 0.0
-    end = ""
+def _observing(steps: Generator[S, Any, R], logger: Logger | None, telemetry: Any) -> Generator[S, Any, R]:
+    call = Call(getattr(steps, "__name__", ""))
+    step: Any = None
     try:
         step = next(steps)
+        call.context_id = _context_id_of(step)
+        if telemetry is not None:
+            telemetry.begin(call)
         while True:
-            context_id = context_id or _context_id_of(step)
-            written += _bytes_in(step)
+            call.context_id = call.context_id or _context_id_of(step)
+            call.bytes_written += _bytes_in(step)
+            if type(step) is Commit and call.name in _NAMES.values():
+                call.changes = step.changes
             began = time.perf_counter()
             try:
                 outcome = yield step
             except StateError as error:
-                seconds += time.perf_counter() - began
+                call.seconds += time.perf_counter() - began
                 step = steps.throw(error)
             else:
                 if type(step) is not Emit:  # the time of an emitted item is its consumer's
-                    seconds += time.perf_counter() - began
-                    read += _bytes_in(outcome)
+                    call.seconds += time.perf_counter() - began
+                    call.bytes_read += _bytes_in(outcome)
                 step = steps.send(outcome)
     except StopIteration as stop:
+        call.finished = True
         result: R = stop.value
         return result
-    except GeneratorExit:
-        end = ", not finished"
+    except GeneratorExit as left:
+        if type(step) is not Emit:  # that its consumer has enough of an iterator is fine
+            call.error = left
         steps.close()
         raise
     except BaseException as error:
-        end = f", {type(error).__name__}"
+        call.error = error
         raise
     finally:
-        name = getattr(steps, "__name__", "")
-        logger.debug(
-            "%s %r: %d bytes written, %d read, %.3f ms%s",
-            _LOGGED_NAMES.get(name, name),
-            context_id,
-            written,
-            read,
-            seconds * 1000,
-            end,
-        )
+        if logger is not None:
+            _log(call, logger)
+        if telemetry is not None:
+            telemetry.end(call)
+
+
+def _log(call: Call, logger: Logger) -> None:
+    end = ""
+    if not call.finished:
+        failed = call.error is not None and not isinstance(call.error, GeneratorExit)
+        end = f", {type(call.error).__name__}" if failed else ", not finished"
+    logger.debug(
+        "%s %r: %d bytes written, %d read, %.3f ms%s",
+        call.name,
+        call.context_id,
+        call.bytes_written,
+        call.bytes_read,
+        call.seconds * 1000,
+        end,
+    )
 
 
 def _context_id_of(step: Any) -> str | None:

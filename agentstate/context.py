@@ -13,7 +13,7 @@ from types import TracebackType
 from . import calls
 from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
-from .calllog import logged
+from .calllog import observed
 from .errors import StateError
 from .operations import Commit, Outcome, Query
 
@@ -37,7 +37,7 @@ def _blocking(call: Callable[Concatenate[Caller, P], Calls[R]]) -> Call[P, R]:
 
 def _iterating(call: Callable[Concatenate[Caller, P], Emits[R]]) -> Call[P, Iterator[R]]:
     def method(self: SyncConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        steps = logged(call(self, *args, **kwargs))
+        steps = observed(call(self, *args, **kwargs), self.storage)
         outcome: Any = None
         while True:
             try:
@@ -119,8 +119,8 @@ class SyncConversationContext(Caller):
 
     def _run(self, steps: Calls[R]) -> R:
         """Run a call to its end."""
-        steps = logged(steps)
         storage = self.storage
+        steps = observed(steps, storage)
         try:
             step = next(steps)
             while True:

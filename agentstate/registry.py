@@ -121,8 +121,10 @@ def storage_options(cls: type[StateStorage]) -> dict[str, Parameter]:
 
 def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
     cls = storage_class(backend)
+    options = dict(options)
+    telemetry = options.pop("telemetry", False)  # of every storage, and no business of any
     try:
-        return cls(**options)
+        storage = cls(**options)
     except TypeError as error:
         # Not checked beforehand: what a class does with its `**options` is its own business.
         accepted = storage_options(cls)
@@ -134,6 +136,11 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
             if parameter.default is Parameter.empty and option not in options:
                 raise StateConfigError(f"the storage {backend!r} needs the option {option!r}") from error
         raise
+    if telemetry:
+        from .telemetry import instrument  # late: who has no telemetry need not have its package
+
+        instrument(storage)
+    return storage
 
 
 def _unknown(what: str, name: object, known: Any, whose: str = "") -> str:
@@ -151,7 +158,9 @@ def _identity(cls: type[StateStorage], options: Mapping[str, Any]) -> Hashable:
         for name, parameter in storage_options(cls).items()
         if parameter.default is not Parameter.empty
     }
-    return cls, frozenset((name, _frozen(name, value)) for name, value in {**defaults, **options}.items())
+    return cls, frozenset(
+        (name, _frozen(name, value)) for name, value in {"telemetry": False, **defaults, **options}.items()
+    )
 
 
 class _Same:

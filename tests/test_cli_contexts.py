@@ -299,3 +299,28 @@ def test_stats_count_ages_and_lengths(files: Store) -> None:
     text = files.run("stats", "--sizes").out
     assert "values" in text
     assert "last updated\tolder\t1" in text
+
+
+def test_stats_know_the_sizes_if_they_are_asked(store: Store) -> None:
+    store.context.set_variable("small", "x", 1)
+    store.context.set_variable("large", "x", "y" * 5_000_000)
+    figures = store.run("stats", "--sizes", "--json").json
+    assert figures["by_bytes"]["up to 1.0 kB"] == figures["by_bytes"]["up to 10.0 MB"] == 1
+    assert figures["largest"][0] == {"context_id": "large", "bytes": 5_000_002}
+    assert "largest" not in store.run("stats", "--json").json
+    assert "size of a conversation\tup to 10.0 MB\t1" in store.run("stats", "--sizes").out
+
+
+def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
+    for name in ("a", "b", "c"):
+        store.context.set_variable(name, "x", 1)
+    work = store.run("stats", "--json").json["this_command"]
+    assert work["operations"]["query"] == 3
+    assert work["operations"]["commit"] == 0
+    assert work["errors"] == {}
+    assert work["bytes_read"] > 0
+    assert sum(work["latency_nanoseconds"]["query"]["counts"]) == 3
+    text = store.run("stats").out
+    assert "\nquery\t3\t" in text
+    assert "\ntried again\t0\n" in text
+    assert "other processes" in store.run("stats", "--help").out

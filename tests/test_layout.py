@@ -22,6 +22,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.config", "agentstate.registry"),
     ("agentstate.aio",),
     ("agentstate.context",),
+    ("agentstate.telemetry",),
     ("agentstate.batches", "agentstate.calls", "agentstate.calllog"),
     ("agentstate.caller",),
     ("agentstate.storage",),

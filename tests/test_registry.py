@@ -418,7 +418,7 @@ def test_every_key_of_the_configuration_is_an_option_of_its_storage(backend: str
         options = {"url": url} if backend == "valkey" else {}
         options[name] = convert(name, key.kind.example.strip('"'))
         try:
-            storage_class(backend)(**options).close()
+            get_context_manager(backend, force_new=True, blocking=True, **options).close()
             problem = ""
         except StateConfigError as error:  # the value of an example, perhaps
             problem = str(error)

@@ -139,6 +139,13 @@ def _examine_storage(place: Place, storage: StateStorage, read_only: bool) -> It
     if not read_only:
         yield from _try_out(storage)
     yield from _look_for_damage(storage)
+    repeated = storage.statistics().attempts_repeated
+    if repeated:
+        yield warning(
+            "retries",
+            f"{console.counted(repeated, 'operation')} of this check had to be tried again",
+            "the server or the way to it is unsteady",
+        )
 
 
 # --- trying it out --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command stats: how many conversations there are, how old and how long."""
+"""The command stats: how many conversations there are, how old, how long and how large; and what looking took."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from ..errors import StateError
+from ..storage.statistics import StorageStatistics
 from . import console, exits
 from .console import Column
 from .rows import Row, iso, rows_of
@@ -17,6 +18,8 @@ from .store import Place, json_option, store_options
 
 _AGES: Final = (("last hour", 1.0), ("last day", 24.0), ("last week", 168.0), ("last 30 days", 720.0))
 _LENGTHS: Final = (10, 100, 1_000, 10_000, 100_000)
+_TIMES: Final = ("count", "mean", "half below", "99 % below")
+_SIZES: Final = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 
 class _Statistics:
@@ -29,6 +32,8 @@ class _Statistics:
         self.owners: set[str] = set()
         self.ages = Counter[str]()
         self.lengths = Counter[int]()
+        self.sizes = Counter[int]()
+        self.longest: list[tuple[int, str]] = []
         self.largest: list[tuple[int, str]] = []
         self.oldest: int | None = None
         self.newest: int | None = None
@@ -49,11 +54,11 @@ class _Statistics:
         self.lengths[next((limit for limit in _LENGTHS if row.messages <= limit), 0)] += 1
         self.oldest = min(found.updated, found.updated if self.oldest is None else self.oldest)
         self.newest = max(found.updated, found.updated if self.newest is None else self.newest)
-        for values in (found.variables.values(), found.metadata.values(), found.messages):
-            self.size += sum(map(len, values))
-        heapq.heappush(self.largest, (row.messages, row.context_id))
-        if len(self.largest) > 5:
-            heapq.heappop(self.largest)
+        size = sum(sum(map(len, part)) for part in (found.variables.values(), found.metadata.values(), found.messages))
+        self.size += size
+        self.sizes[next((limit for limit in _SIZES if size <= limit), 0)] += 1
+        _keep_first(self.longest, row.messages, row.context_id)
+        _keep_first(self.largest, size, row.context_id)
 
     def as_json(self, sizes: bool) -> dict[str, Any]:
         figures: dict[str, Any] = {
@@ -67,10 +72,12 @@ class _Statistics:
             "newest_update": None if self.newest is None else iso(self.newest),
             "by_age": dict(self.age_bars()),
             "by_messages": dict(self.length_bars()),
-            "longest": [{"context_id": name, "messages": count} for count, name in sorted(self.largest, reverse=True)],
+            "longest": [{"context_id": name, "messages": count} for count, name in sorted(self.longest, reverse=True)],
         }
         if sizes:
             figures["bytes"] = self.size
+            figures["by_bytes"] = dict(self.size_bars())
+            figures["largest"] = [{"context_id": name, "bytes": n} for n, name in sorted(self.largest, reverse=True)]
         return figures
 
     def age_bars(self) -> list[tuple[str, int]]:
@@ -80,13 +87,27 @@ class _Statistics:
         labels = [(f"up to {limit:,}", self.lengths[limit]) for limit in _LENGTHS]
         return [*labels, (f"over {_LENGTHS[-1]:,}", self.lengths[0])]
 
+    def size_bars(self) -> list[tuple[str, int]]:
+        labels = [(f"up to {console.size_text(limit)}", self.sizes[limit]) for limit in _SIZES]
+        return [*labels, (f"over {console.size_text(_SIZES[-1])}", self.sizes[0])]
+
+
+def _keep_first(heap: list[tuple[int, str]], value: int, context_id: str) -> None:
+    """Take in a conversation, and keep the five with the highest values."""
+    heapq.heappush(heap, (value, context_id))
+    if len(heap) > 5:
+        heapq.heappop(heap)
+
 
 @click.command()
 @store_options
-@click.option("--sizes", is_flag=True, help="Add up the bytes of everything stored; reads all of it.")
+@click.option("--sizes", is_flag=True, help="Show how large they are too; reads all that is stored.")
 @json_option
 def stats(place: Place, sizes: bool, as_json: bool) -> int:
     """Count conversations and messages, and show how old and how long they are.
+
+    The last part is about this command itself: what it asked of the storage, how long that took, and how much was read.
+    What other processes do cannot be seen from here: each counts for itself, and says so by `storage.statistics()`.
 
     \b
     Examples:
@@ -98,10 +119,13 @@ def stats(place: Place, sizes: bool, as_json: bool) -> int:
         for row in rows_of(storage, everything=sizes):
             figures.add(row)
             advance()
+        work = storage.statistics()
     if as_json:
-        console.json_document({"storage": place.backend, "where": place.name, **figures.as_json(sizes)})
+        found = {"storage": place.backend, "where": place.name, **figures.as_json(sizes)}
+        console.json_document({**found, "this_command": work.to_dict()})
     else:
         _print_statistics(place, figures, sizes)
+        _print_work(work)
     return exits.code_of_all(figures.unreadable)
 
 
@@ -126,8 +150,40 @@ def _print_statistics(place: Place, figures: _Statistics, sizes: bool) -> None:
         console.line()
         console.bars("last updated", figures.age_bars())
         console.bars("messages in a conversation", figures.length_bars())
-        longest = ((name, f"{count:,}") for count, name in sorted(figures.largest, reverse=True))
+        if sizes:
+            console.bars("size of a conversation", figures.size_bars())
+        longest = ((name, f"{count:,}") for count, name in sorted(figures.longest, reverse=True))
         console.table((Column("longest conversations", style="bold"), Column("messages", right=True)), longest)
+        if sizes:
+            largest = ((name, console.size_text(size)) for size, name in sorted(figures.largest, reverse=True))
+            console.table((Column("largest conversations", style="bold"), Column("values", right=True)), largest)
+
+
+def _print_work(work: StorageStatistics) -> None:
+    """What the storage did for this command."""
+    columns = [Column(name, right=bool(place)) for place, name in enumerate(("this command's operations", *_TIMES))]
+    console.table(columns, [_times(kind, count, work) for kind, count in work.operations.items() if count])
+    groups = work.group_sizes
+    pairs = [
+        ("together", f"{groups.mean:,.1f} operations a group, {groups.count:,} groups"),
+        ("read", console.size_text(work.bytes_read)),
+        ("written", console.size_text(work.bytes_written)),
+        ("tried again", f"{work.attempts_repeated:,}"),
+    ]
+    if work.errors:
+        pairs.append(("failed", ", ".join(f"{count:,} {name}" for name, count in work.errors.items())))
+    if work.cache is not None:
+        cache = work.cache
+        pairs.append(("cache", f"{cache.hits:,} hits, {cache.misses:,} misses, {console.size_text(cache.size_bytes)}"))
+    if work.connections is not None:
+        pairs.append(("connections", f"{work.connections.opened:,} opened"))
+    console.facts(pairs)
+
+
+def _times(kind: str, count: int, work: StorageStatistics) -> tuple[str, ...]:
+    taken = work.latency_nanoseconds[kind]
+    shown = (taken.mean, taken.quantile(0.5), taken.quantile(0.99))
+    return (kind, f"{count:,}", *(f"{nanoseconds / 1e6:,.3f} ms" for nanoseconds in shown))
 
 
 COMMANDS = (stats,)

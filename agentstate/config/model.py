@@ -127,6 +127,13 @@ class StateConfig:
         default=5.0,
         mistaken=("timeout", "socket_timeout"),
     )
+    telemetry: bool | None = _option(
+        BOOLEAN,
+        EVERY,
+        "Emit spans and metrics with OpenTelemetry (`pip install 'agentstate[otel]'`).",
+        default=False,
+        mistaken=("otel", "opentelemetry", "tracing", "metrics"),
+    )
     on_unavailable: str = _own(
         one_of("raise", "ephemeral"),
         "raise",

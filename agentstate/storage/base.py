@@ -73,6 +73,7 @@ class StateStorage(ABC):
         self.deadline = positive_seconds("deadline", deadline)
         self.closed = False
         self.tally = Tally()
+        self.telemetry: Any = None  # who is told of calls: see `agentstate.telemetry`
         self._dispatcher: Dispatcher | None = None
         _alive.add(self)
 
@@ -156,6 +157,13 @@ class StateStorage(ABC):
         from .statistics import statistics_of  # late: dataclasses take their time to import
 
         return statistics_of(self.tally)
+
+    def telemetry_attributes(self) -> dict[str, str | int]:
+        """What telemetry says of this store, in the names of OpenTelemetry's conventions for databases.
+
+        Nothing secret, and nothing of single conversations: all spans and metrics carry it.
+        """
+        return {"db.system.name": f"agentstate.{type(self).__name__.removesuffix('Storage').lower()}"}
 
     def check_open(self) -> None:
         """Raise StateUnavailableError after `close`."""

@@ -72,12 +72,6 @@ class _CallBack(Job):
         self._function(self.outcomes)
 
 
-class Waker(Protocol):
-    """Somebody who sleeps until jobs are done."""
-
-    def wake(self) -> None: ...
-
-
 def _key(first: Operation) -> str | int:
     """What jobs must share to be carried out one after the other: the context.
 

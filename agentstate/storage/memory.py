@@ -192,6 +192,9 @@ class InMemoryStorage(StateStorage):
         ids = (context_id for context_id, context in self._contexts.items() if wanted(context))
         return Page(tuple(ids), None)
 
+    def telemetry_attributes(self) -> dict[str, str | int]:
+        return {"db.system.name": "agentstate.memory"}
+
     def close(self) -> None:
         super().close()
         with self._lock:

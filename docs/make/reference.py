@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any, ForwardRef
 
 import agentstate
-from agentstate import batches, compat, config, errors, operations, transfer
+from agentstate import batches, compat, config, errors, operations, telemetry, transfer
+from agentstate.storage import statistics
 from agentstate.testing import StorageContract
 
 _INTRODUCTION = """\
@@ -62,6 +63,11 @@ SECTIONS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         "Their options are [in a table](backends.md#options-of-every-backend).",
         (agentstate.InMemoryStorage, agentstate.FileStorage, agentstate.ValkeyStorage, agentstate.register_storage),
     ),
+    (
+        "What a storage did",
+        "In `agentstate.storage.statistics` and `agentstate.telemetry`: [with examples](observability.md).",
+        (*_classes_of(statistics), telemetry.instrument),
+    ),
     ("Configuration", "", (agentstate.load_config, config.StateConfig, config.config_table, config.json_schema)),
     (
         "Copying conversations",
@@ -92,7 +98,7 @@ _METHODS = {
 }
 """Which methods of a class are told, where that is not all of them."""
 
-_NOT_CALLED = {agentstate.Message, batches.Batch, batches.Turn, StorageContract}
+_NOT_CALLED = {agentstate.Message, batches.Batch, batches.Turn, StorageContract, *_classes_of(statistics)}
 """Classes whose objects users get, and do not make."""
 
 

@@ -93,6 +93,9 @@ class FileStorage(StateStorage):
         on_contexts = sum(counted.operations.values()) - counted.operations["listing"]
         return replace(counted, cache=self._layout.cache(on_contexts))
 
+    def telemetry_attributes(self) -> dict[str, str | int]:
+        return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}
+
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""
         from .logrepair import problems

@@ -92,6 +92,19 @@ class ValkeyStorage(StateStorage):
             return
         self._layout.execute(operations, settle)
 
+    def telemetry_attributes(self) -> dict[str, str | int]:
+        target = self._servers.target
+        address = target.addresses[0]
+        attributes: dict[str, str | int] = {
+            "db.system.name": "valkey",
+            "db.namespace": str(target.options.get("db") or 0),
+            "db.collection.name": self.key_prefix,
+            "server.address": address.path or address.host,
+        }
+        if not address.path:
+            attributes["server.port"] = address.port
+        return attributes
+
     def statistics(self) -> StorageStatistics:
         from dataclasses import replace
 
