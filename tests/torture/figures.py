@@ -57,13 +57,16 @@ class Figures:
         self.silent += 1
         self._note("S", what)
 
+    def hang(self, what: str) -> None:
+        self.hanging += 1
+        self._note("H", what)
+
     def took(self, seconds: float, deadline: float, what: str) -> None:
         """A call is over: count it, and whether it hung."""
         self.calls += 1
         self.slowest = max(self.slowest, seconds - deadline)
         if seconds > deadline + 1.0:
-            self.hanging += 1
-            self._note("H", f"{what} took {seconds:.2f} s with a deadline of {deadline:g} s")
+            self.hang(f"{what} took {seconds:.2f} s with a deadline of {deadline:g} s")
 
     def _note(self, figure: str, what: str) -> None:
         if len(self.notes) < _NOTES:

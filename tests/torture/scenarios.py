@@ -138,16 +138,22 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 }
 
 
-def run_here(name: str, seed: int, rounds: int) -> Figures:
-    """Run a scenario in this process. What it draws depends on seed and name alone."""
+def run_here(name: str, seed: int, rounds: int, *, number: int = 0) -> Figures:
+    """Run a scenario in this process. What it draws depends on seed, name and number alone."""
     figures = Figures(name, seed)
-    SCENARIOS[name].run(Random(f"{seed} {name}"), rounds, figures)
+    SCENARIOS[name].run(Random(f"{seed} {name} {number}"), rounds, figures)
     return figures
 
 
-def run_apart(name: str, seed: int, rounds: int, *, mutation: str = "", timeout: float | None = None) -> Figures:
-    """Run a scenario in a process of its own: many of them fork, and some are run with a seeded bug."""
+def run_apart(
+    name: str, seed: int, rounds: int, *, number: int = 0, mutation: str = "", timeout: float | None = None
+) -> Figures:
+    """Run a scenario in a process of its own: many of them fork, and some are run with a seeded bug.
+
+    Raises RuntimeError where it fails, and subprocess.TimeoutExpired.
+    """
     command = [sys.executable, "-m", "torture", "--one", name, "--seed", str(seed), "--rounds", str(rounds)]
+    command += ["--slice", str(number)]
     environment = dict(os.environ)
     if mutation:
         command += ["--mutation", mutation]
