@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from random import Random
+from typing import Any
 
 from servers import HOST, ValkeyServer, find_server, wait_until
 
@@ -27,24 +28,23 @@ def failovers(random: Random, rounds: int, figures: Figures, *, layout: str = "l
         for number in range(rounds):
             _follow(replica, primary)
             witness = Witness(figures, f"failover-{number}-{random.getrandbits(32)}")
-            error = _until_it_dies(primary, layout, witness, Steps(random, large=False), random)
+            unknown = _until_it_dies(primary, layout, witness, Steps(random, large=False), random)
             figures.faults += 1
             with replica.client() as client:
                 client.execute_command("REPLICAOF", "NO", "ONE")
             with _context(replica, layout) as context:
+                error = witness.retry(context, *unknown) if unknown is not None else None
+                error = error or witness.look(context, "on the replica")
+                error = error or witness.call(context, Step("add_to_history", ("user", "afterwards")))
+                error = error or witness.look(context, "on the new primary")
                 if error is not None:
-                    error = witness.retry(context, *error)
-                error_ = error or witness.look(context, "on the replica")
-                error_ = error_ or witness.call(context, Step("add_to_history", ("user", "afterwards")))
-                error_ = error_ or witness.look(context, "on the new primary")
-                if error_ is not None:
-                    figures.lose(f"on the new primary: {error_!r}")
+                    figures.lose(f"on the new primary: {error!r}")
                 context.clear_context(witness.context_id)
             primary.start()
             primary, replica = replica, primary
 
 
-def _context(server: ValkeyServer, layout: str, **options: float) -> SyncConversationContext:
+def _context(server: ValkeyServer, layout: str, **options: Any) -> SyncConversationContext:
     return SyncConversationContext(ValkeyStorage(server.url, key_prefix=_PREFIX, layout=layout, **options))
 
 
