@@ -30,7 +30,7 @@ _RECEIVE: Final = 65536
 class Fault(NamedTuple):
     """What happens to the bytes that come next. See the methods of `FaultProxy`."""
 
-    kind: Literal["request", "reply", "late", "slow"]
+    kind: Literal["request", "reply", "late", "slow", "drop request", "drop reply"]
     after: int = 0
     seconds: float = 0.0
 
@@ -41,6 +41,7 @@ class _Pair:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client: socket.socket | None = client
         self.server = server
+        self.dropping = False
 
 
 class FaultProxy:
@@ -90,6 +91,14 @@ class FaultProxy:
     def delay_reply(self, seconds: float) -> None:
         """Pass the next reply on that much later."""
         self._ask(Fault("slow", 0, seconds))
+
+    def drop_request(self, after: int = 0) -> None:
+        """Let a connection stand, and pass nothing on any more, once `after` bytes of requests were: as a firewall."""
+        self._ask(Fault("drop request", after))
+
+    def drop_reply(self, after: int = 0) -> None:
+        """The same once `after` bytes of replies were passed on: the server has done it."""
+        self._ask(Fault("drop reply", after))
 
     def calm(self) -> None:
         """Ask for no fault any more."""
@@ -148,10 +157,21 @@ class FaultProxy:
             data = b""
         if not data:
             self._close(pair)
+        elif pair.dropping or self._drops(data, source is pair.server):
+            pair.dropping = True
         elif source is pair.server:
             self._to_client(pair, data)
         else:
             self._to_server(pair, data)
+
+    def _drops(self, data: bytes, reply: bool) -> bool:
+        fault = self._fault
+        if fault is None or fault.kind != ("drop reply" if reply else "drop request"):
+            return False
+        if (self.replied if reply else self.sent) + len(data) <= fault.after:
+            return False
+        self._fire()
+        return True
 
     def _to_server(self, pair: _Pair, data: bytes) -> None:
         fault = self._fault

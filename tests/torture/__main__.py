@@ -5,63 +5,65 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-import time
+from pathlib import Path
 
-from .figures import Figures
 from .mutations import MUTATIONS, plant
 
 
 def main() -> int:
     """Run what is asked for; 0 if all four figures are zero and every seeded bug was caught."""
-    parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="what is drawn depends on it alone")
-    parser.add_argument("--scale", type=float, default=1.0, help="this part of the long run (0.01: a hundredth)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="only these scenarios")
-    parser.add_argument("--without-mutations", action="store_true", help="do not prove the harness with seeded bugs")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--mutation", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = _parser().parse_args()
     if options.mutation:
         plant(MUTATIONS[options.mutation])
-
-    from .scenarios import SCENARIOS, run_here
-
     if options.one:
-        print(run_here(options.one, options.seed, options.rounds).to_json())
+        from .scenarios import run_here
+
+        print(run_here(options.one, options.seed, options.rounds, number=options.slice or 0).to_json())
         return 0
+
+    from .longrun import LongRun, replay
+    from .scenarios import SCENARIOS
+
+    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     names = options.only or list(SCENARIOS)
-    print(
-        f"seed {options.seed}, scale {options.scale:g}; again with: python -m torture --seed {options.seed}", flush=True
+    if options.slice is not None:
+        seen = [replay(name, seed, options.scale, options.slice) for name in names]
+        print(*seen, sep="\n")
+        return 0 if all(figures.clean for figures in seen) else 1
+    run = LongRun(seed, options.scale)
+    if options.state is not None and options.state.exists():
+        run = LongRun.load(options.state)
+    print(f"seed {run.seed}, scale {run.scale:g}; again with: python -m torture --seed {run.seed}", flush=True)
+    run.run(names, options.minutes, options.state)
+    if not (options.without_mutations or options.only):
+        run.prove()
+    if options.state is not None:
+        run.save(options.state)
+    if options.report is not None:
+        run.report(options.report)
+    print(run.total)
+    if run.caught:
+        print(f"{sum(map(bool, run.caught.values()))} of {len(run.caught)} seeded bugs caught")
+    return 0 if run.clean else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
+    parser.add_argument("--seed", type=int, help="what is drawn depends on it alone")
+    parser.add_argument("--scale", type=float, default=1.0, help="this part of the long run (0.01: a hundredth)")
+    parser.add_argument("--minutes", type=float, help="end after so long (and the seeded bugs), complete or not")
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE", help="take up the run that this file tells of; keep it there"
     )
-    total = _run_all(names, options.seed, options.scale)
-    caught = [] if options.without_mutations or options.only else _prove(options.seed)
-    print(total)
-    if caught:
-        print(f"{sum(caught)} of {len(caught)} seeded bugs caught")
-    return 0 if total.clean and all(caught) else 1
-
-
-def _run_all(names: list[str], seed: int, scale: float) -> Figures:
-    from .scenarios import SCENARIOS, run_apart
-
-    total = Figures("all", seed)
-    for name in names:
-        begin = time.monotonic()
-        figures = run_apart(name, seed, max(1, round(SCENARIOS[name].long * scale)))
-        print(f"{figures}  ({time.monotonic() - begin:.0f} s)", flush=True)
-        total += figures
-    return total
-
-
-def _prove(seed: int) -> list[bool]:
-    from .mutations import is_caught
-
-    caught = []
-    for name, mutation in MUTATIONS.items():
-        caught.append(is_caught(name, seed))
-        print(f"seeded bug {name:<32} {'caught' if caught[-1] else 'NOT CAUGHT'} by {mutation.scenario}", flush=True)
-    return caught
+    parser.add_argument(
+        "--report", type=Path, metavar="PAGE", help="write the figures to this page (docs/reliability.md)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="only these scenarios")
+    parser.add_argument("--slice", type=int, metavar="N", help="run only this slice of the scenarios again")
+    parser.add_argument("--without-mutations", action="store_true", help="do not prove the harness with seeded bugs")
+    for name, kind in (("--one", str), ("--rounds", int), ("--mutation", str)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    return parser
 
 
 sys.exit(main())

@@ -39,20 +39,20 @@ def cuts(
                 if figures.faults >= rounds:
                     break
                 step = next(steps)
-                if random.random() < 0.03:
-                    # Its reply comes after the deadline. (On a connection that stands, or only its greeting would.)
-                    kind = "slow"
+                waits = random.random() < 0.03
+                if waits:
+                    # (On a connection that stands, or only its greeting would be late.)
                     witness.look(hasty)
-                    proxy.delay_reply(0.06)
+                    kind = _ask_for_silence(proxy, random)
                 else:
                     kind = cutter.ask(step.name)
                 before = proxy.fired
-                error = witness.call(hasty if kind == "slow" else through, step, insist=True)
+                error = witness.call(hasty if waits else through, step, insist=True)
                 figures.faults += proxy.fired - before
                 cutter.learn(step.name)
                 proxy.calm()
                 when = f"after {kind} in {step.name}"
-                if error is not None and kind != "slow":  # within so short a deadline there may be no connection
+                if error is not None and not waits:  # within so short a deadline there may be no connection
                     figures.lose(f"{when}: given up with {error}")
                 error = witness.look(direct, when)
                 if error is not None:
@@ -62,6 +62,20 @@ def cuts(
             direct.clear_context(witness.context_id)
         for context in (through, hasty, direct):
             context.close()
+
+
+def _ask_for_silence(proxy: FaultProxy, random: Random) -> str:
+    """The answer comes after a short deadline, or never."""
+    after = random.choice((0, 0, 100, 300))  # for a call that makes several trips
+    match random.randrange(3):
+        case 0:
+            proxy.drop_request(after)
+            return "a dropped request"
+        case 1:
+            proxy.drop_reply(after)
+            return "a dropped reply"
+    proxy.delay_reply(0.06)
+    return "a late reply"
 
 
 def _context(port: int, server: ValkeyServer, prefix: str, **options: Any) -> SyncConversationContext:

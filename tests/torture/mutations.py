@@ -195,17 +195,30 @@ class _Finder(MetaPathFinder):
         return (finder for finder in sys.meta_path if finder is not self)
 
 
-def is_caught(name: str, seed: int) -> bool:
-    """Whether the mutation's scenario notices it: by its figures, by failing, or by never ending."""
+def how_caught(name: str, seed: int) -> str:
+    """In which way the mutation's scenario notices it; empty: it does not."""
     from .scenarios import run_apart
 
     mutation = MUTATIONS[name]
     try:
         figures = run_apart(mutation.scenario, seed, mutation.rounds, mutation=name, timeout=90.0)
     except subprocess.TimeoutExpired:
-        return True
+        return "it hangs"
     except RuntimeError as error:
         if "StaleMutationError" in str(error):
             raise
-        return True
-    return not figures.clean
+        return "it breaks the scenario"
+    counts = (("L", figures.lost), ("D", figures.doubled), ("S", figures.silent), ("H", figures.hanging))
+    return " ".join(f"{figure}={count}" for figure, count in counts if count)
+
+
+def prove(seed: int) -> Iterator[tuple[str, str]]:
+    """How each mutation is caught. Without a bug, the same runs have to see nothing, or they prove nothing."""
+    from .scenarios import run_apart
+
+    needed: dict[str, int] = {}
+    for mutation in MUTATIONS.values():
+        needed[mutation.scenario] = max(mutation.rounds, needed.get(mutation.scenario, 0))
+    blind = {name for name, rounds in needed.items() if not run_apart(name, seed, rounds).clean}
+    for name, mutation in MUTATIONS.items():
+        yield name, "" if mutation.scenario in blind else how_caught(name, seed)

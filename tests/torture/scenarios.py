@@ -19,6 +19,7 @@ from .cancels import cancels, cancels_on_a_bad_line, exits, handlers
 from .crowd import crowd
 from .cuts import cuts
 from .damage import flipped_bits, moved_lines, torn_documents, torn_ends
+from .failovers import failovers
 from .figures import Figures
 from .holders import holders
 from .kills import kills, kills_of_clients
@@ -27,6 +28,7 @@ from .mounts import mounted_power, small_disk
 from .outages import outages
 from .places import scratch
 from .power import grouped_power, power
+from .stops import stopped_clients
 from .troubles import kills_at_calls, system_errors
 from .turns import clock_jumps, turns
 
@@ -45,7 +47,7 @@ class Scenario(NamedTuple):
 def _on_files(run: Any, **options: Any) -> Run:
     def on_files(random: Random, rounds: int, figures: Figures) -> None:
         with scratch() as folder:
-            run(random, rounds, figures, make=lambda: FileStorage(folder, **options))
+            run(random, rounds, figures, make=partial(FileStorage, folder, **options))
 
     return on_files
 
@@ -53,7 +55,7 @@ def _on_files(run: Any, **options: Any) -> Run:
 def _on_valkey(run: Any, version: str = "9.1", **options: Any) -> Run:
     def on_valkey(random: Random, rounds: int, figures: Figures) -> None:
         with ValkeyServer(find_server(version)) as server:
-            run(random, rounds, figures, make=lambda: ValkeyStorage(server.url, **options))
+            run(random, rounds, figures, make=partial(ValkeyStorage, server.url, **options))
 
     return on_valkey
 
@@ -118,6 +120,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cuts-8.1": Scenario(_beside_valkey(cuts, "8.1"), 30, 10_000),
     "cuts-documents": Scenario(_beside_valkey(cuts, layout="document"), 30, 10_000),
     "outages": Scenario(_beside_valkey(outages), 8, 160),
+    "failovers": Scenario(failovers, 1, 60),
+    "failovers-documents": Scenario(partial(failovers, layout="document"), 0, 20),
+    "stops-files": Scenario(_on_files(stopped_clients), 6, 2_000, forks=True),
+    "stops-valkey": Scenario(_on_valkey(stopped_clients), 12, 2_000, forks=True),
+    "stops-valkey-documents": Scenario(_on_valkey(stopped_clients, layout="document"), 0, 1_000, forks=True),
     "cancels-files": Scenario(_on_files(cancels), 200, 10_000),
     "cancels-valkey": Scenario(_on_valkey(cancels), 200, 10_000),
     "cancels-documents": Scenario(_on_files(cancels, layout="document"), 100, 10_000),
@@ -131,16 +138,22 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 }
 
 
-def run_here(name: str, seed: int, rounds: int) -> Figures:
-    """Run a scenario in this process. What it draws depends on seed and name alone."""
+def run_here(name: str, seed: int, rounds: int, *, number: int = 0) -> Figures:
+    """Run a scenario in this process. What it draws depends on seed, name and number alone."""
     figures = Figures(name, seed)
-    SCENARIOS[name].run(Random(f"{seed} {name}"), rounds, figures)
+    SCENARIOS[name].run(Random(f"{seed} {name} {number}"), rounds, figures)
     return figures
 
 
-def run_apart(name: str, seed: int, rounds: int, *, mutation: str = "", timeout: float | None = None) -> Figures:
-    """Run a scenario in a process of its own: many of them fork, and some are run with a seeded bug."""
+def run_apart(
+    name: str, seed: int, rounds: int, *, number: int = 0, mutation: str = "", timeout: float | None = None
+) -> Figures:
+    """Run a scenario in a process of its own: many of them fork, and some are run with a seeded bug.
+
+    Raises RuntimeError where it fails, and subprocess.TimeoutExpired.
+    """
     command = [sys.executable, "-m", "torture", "--one", name, "--seed", str(seed), "--rounds", str(rounds)]
+    command += ["--slice", str(number)]
     environment = dict(os.environ)
     if mutation:
         command += ["--mutation", mutation]

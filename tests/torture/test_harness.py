@@ -12,7 +12,7 @@ from servers import require_server
 from torture.figures import Figures
 from torture.linearizable import READ, Call, is_linearizable
 from torture.model import Model, Step, Steps
-from torture.mutations import MUTATIONS, is_caught
+from torture.mutations import MUTATIONS, how_caught
 from torture.seam import Disk
 from torture.witness import accuse
 
@@ -25,7 +25,7 @@ QUICK = ("a commit is not flushed", "the checksum is ignored", "a batch is commi
 def test_a_seeded_bug_is_caught(name: str) -> None:
     if "valkey" in MUTATIONS[name].file:
         require_server("9.1")
-    assert is_caught(name, 7)
+    assert how_caught(name, 7)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 from agentstate import SyncConversationContext
 from agentstate.errors import StateConflictError, StateError, StateOutcomeUnknownError
 
-from .figures import Figures
+from .figures import Figures, moment
 from .model import Model, Step, observed, perform
 
 _RETRIES: Final = 50
 
 
 class Witness:
-    """The only writer of a conversation. What is `possible` is what its calls' outcomes allow to be stored."""
+    """The only writer of a conversation. What is `possible` is what its calls' outcomes allow to be stored.
 
-    def __init__(self, figures: Figures, context_id: str) -> None:
+    `clock`: by what its calls are timed.
+    """
+
+    def __init__(self, figures: Figures, context_id: str, *, clock: Callable[[], float] = moment) -> None:
         self.figures = figures
         self.context_id = context_id
+        self.clock = clock
         self.possible = [Model()]
 
     def call(self, context: SyncConversationContext, step: Step, *, insist: bool = False) -> StateError | None:
@@ -56,7 +61,7 @@ class Witness:
         return error
 
     def _attempt(self, context: SyncConversationContext, step: Step, commit_id: str | None) -> StateError | None:
-        begin = time.monotonic()
+        begin = self.clock()
         try:
             self._answer = perform(context, self.context_id, step, commit_id)
         except StateOutcomeUnknownError as error:
@@ -71,7 +76,7 @@ class Witness:
                 return None
             return error
         finally:
-            self.figures.took(time.monotonic() - begin, context.storage.deadline, step.name)
+            self.figures.took(self.clock() - begin, context.storage.deadline, step.name)
         if commit_id is None:
             self._settled(step, self.possible, self._answer)
         return None
@@ -88,13 +93,13 @@ class Witness:
 
     def look(self, context: SyncConversationContext, when: str = "") -> StateError | None:
         """Read everything and compare. Returns the error, if reading ended with one."""
-        begin = time.monotonic()
+        begin = self.clock()
         try:
             seen = observed(context.get_state(self.context_id))
         except StateError as error:
             return error
         finally:
-            self.figures.took(time.monotonic() - begin, context.storage.deadline, "get_state")
+            self.figures.took(self.clock() - begin, context.storage.deadline, "get_state")
         self.saw(seen, when)
         return None
 
