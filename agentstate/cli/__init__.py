@@ -16,15 +16,16 @@ from .interrupts import Terminated, leave_signals, take_signals
 
 def main() -> int:
     """Run the command that the process was started with, and return its exit code."""
-    take_signals()  # the imports below take long enough to be interrupted
     try:
-        return _run()
+        try:
+            take_signals()  # at once: the imports below take long enough to be interrupted
+            return _run()
+        finally:
+            leave_signals()
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except Terminated:
         return exits.TERMINATED
-    finally:
-        leave_signals()
 
 
 def _run() -> int:
