@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -25,6 +26,17 @@ from tls import CertificateAuthority, TlsProxy
 GIVEN_URL = os.environ.get("AGENTSTATE_TEST_VALKEY_URL")
 SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
 PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start and interrupt not inherit that these tests are not to be interrupted.
+
+    A shell ignores SIGINT in what it starts in the background, and `nohup` SIGHUP.
+    """
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -94,7 +93,6 @@ def completion(shell: str) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code. Every expected failure is one line on stderr."""
     prepare_streams()
-    _take_signals()
     code: int
     try:
         code = _invoke(arguments)
@@ -107,10 +105,8 @@ def run(arguments: Sequence[str]) -> int:
         else:
             fail(_os_error_text(error))
             code = exits.PROBLEM
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         code = exits.INTERRUPTED
-    except _Terminated:
-        code = exits.TERMINATED
     if code in (exits.PIPE_CLOSED, exits.PROBLEM):
         _give_up_output()
     return code
@@ -148,19 +144,6 @@ def _text_of(error: StateError) -> str:
 def _os_error_text(error: OSError) -> str:
     reason = error.strerror or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else f"cannot write the output: {reason}"
-
-
-class _Terminated(BaseException):
-    """The process was asked to end; what is under way cleans up after itself."""
-
-
-def _take_signals() -> None:
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise _Terminated
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), terminate)
 
 
 def _give_up_output() -> None:

@@ -19,6 +19,7 @@ import click
 from ..errors import ContextNotFoundError, StateConfigError, StateError
 from ..keys import check_context_id
 from . import console, exits
+from .interrupts import take_every_ctrl_c
 from .store import config_option, use_config
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def chat(
     talk = _Talk(load_handler(handler), context_id, user_id, with_traceback)
     import asyncio  # here, for no other command needs it
 
+    take_every_ctrl_c()  # it ends an answer, and not the conversation
     with asyncio.Runner() as runner:
         if message is not None:
             talk.say(runner, message)

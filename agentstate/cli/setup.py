@@ -15,6 +15,7 @@ from ..errors import ContextNotFoundError, StateConfigError, StateConflictError
 from ..registry import read_config
 from ..urls import redact_url
 from . import console, exits
+from .interrupts import undisturbed
 from .store import use_config
 
 _BACKENDS: Final = ("file", "valkey", "memory")
@@ -71,7 +72,7 @@ def init(
         _ask(str(storage), options)
     text = section_text(str(storage), options)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "x", encoding="utf-8") as stream:
+    with undisturbed(), open(file, "x", encoding="utf-8") as stream:
         stream.write(text)
     console.line(f"Wrote {file}")
     if "${" + _URL_VARIABLE + "}" in text:

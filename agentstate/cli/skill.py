@@ -13,6 +13,7 @@ import click
 from ..config import CONFIG_NAMES, CONFIG_VARIABLE
 from ..errors import StateConfigError, StateConflictError
 from . import console, exits
+from .interrupts import undisturbed
 from .setup import section_text
 
 _BACKENDS: Final = ("memory", "file", "valkey")
@@ -265,16 +266,17 @@ def _write_all(files: list[_Written]) -> None:
                 f"{path} exists already, and was left as it is: choose another name or --directory"
             )
     done: list[Path] = []
-    try:
-        for path, text in files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "x", encoding="utf-8") as file:
-                done.append(path)
-                file.write(text)
-    except BaseException:
-        for path in done:
-            path.unlink(missing_ok=True)
-        raise
+    with undisturbed():
+        try:
+            for path, text in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "x", encoding="utf-8") as file:
+                    done.append(path)
+                    file.write(text)
+        except OSError:
+            for path in done:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _show(files: list[_Written], module: str, state: bool, storage: str | None, directory: str, as_json: bool) -> None:

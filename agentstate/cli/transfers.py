@@ -22,6 +22,7 @@ from ..registry import overridden, storage_names
 from ..storage.base import StateStorage
 from ..transfer import Report, count_contexts, export_contexts, import_contexts, migrate
 from . import console, exits
+from .interrupts import disturbed, undisturbed
 from .store import Place, complete_context_id, settings_option, store_options
 
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -86,24 +87,26 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
     if os.path.lexists(path) and not force:
         raise StateConflictError(f"{path} exists already: choose another name, or say --force")
     unfinished = f"{path}.{os.getpid()}.part"
-    try:
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        error.filename = path  # the name that was asked for
-        raise
-    try:
-        with open(descriptor, "wb") as raw, _compressed(raw, compress) as file:
-            yield file
-            if file is not raw:
-                file.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        if force:
-            os.replace(unfinished, path)
-        else:
-            _rename_to_new(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    with undisturbed():
+        try:
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            error.filename = path  # the name that was asked for
+            raise
+        try:
+            with open(descriptor, "wb") as raw, _compressed(raw, compress) as file:
+                with disturbed():
+                    yield file
+                if file is not raw:
+                    file.close()
+                raw.flush()
+                os.fsync(raw.fileno())
+            if force:
+                os.replace(unfinished, path)
+            else:
+                _rename_to_new(unfinished, path)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
 
 
 def _rename_to_new(unfinished: str, path: str) -> None:

@@ -100,23 +100,24 @@ class Dispatcher:
     def perform(self, operations: Sequence[Operation]) -> Outcomes:
         """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
         key = _key(operations[0])
-        with self._lock:
-            free = self._groups < self._storage.groups and not self._queue and key not in self._busy
-            if free:
-                self._groups += 1
-                self._busy.add(key)
-        if not free:
-            return self._wait_for(operations)
         outcomes: Outcomes = [_PENDING] * len(operations)
+        free = False
         began = monotonic_ns()
-        try:
-            self._execute(operations, outcomes, outcomes.__setitem__)
-        finally:
-            self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
+        try:  # before the lock: a KeyboardInterrupt right after it would leave the key busy for ever
             with self._lock:
-                self._free(key)
-                self._end_group()
-        return outcomes
+                free = self._groups < self._storage.groups and not self._queue and key not in self._busy
+                if free:
+                    self._groups += 1
+                    self._busy.add(key)
+            if free:
+                self._execute(operations, outcomes, outcomes.__setitem__)
+        finally:
+            if free:
+                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
+                with self._lock:
+                    self._free(key)
+                    self._end_group()
+        return outcomes if free else self._wait_for(operations)
 
     def _wait_for(self, operations: Sequence[Operation]) -> Outcomes:
         """Queue operations and wait until a worker has carried them out."""

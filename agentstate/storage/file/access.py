@@ -68,10 +68,10 @@ class Access:
         finally:
             lock.release()
 
-    def close(self) -> None:
-        """Let go of everything, once no thread holds a lock."""
+    def close(self, deadline: float) -> None:
+        """Let go of everything, once no thread holds a lock; after `deadline`, of what is not held."""
         self.is_open = False
-        self._striped.close()
+        self._striped.close(deadline)
         self._store.close()
         self.folder.close()
 

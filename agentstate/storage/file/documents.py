@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from ...errors import StateConflictError, StateError, StateOutcomeUnknownError
@@ -105,8 +106,9 @@ class DocumentFiles(DocumentStorage):
 
     def close(self) -> None:
         if not self.closed:
+            deadline = time.monotonic() + self.deadline
             super().close()
-            self._access.close()
+            self._access.close(deadline)
 
     def _after_fork(self) -> None:
         super()._after_fork()

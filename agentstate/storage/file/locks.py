@@ -109,11 +109,18 @@ class FileLock:
         finally:
             self._thread_lock.release()
 
-    def close_for_good(self) -> None:
-        """Close the file once no thread of this process holds the lock. Who waits for it then gets an error."""
-        with self._thread_lock:
-            self._closed = True
-            self.close()
+    def close_for_good(self, deadline: float) -> None:
+        """Close the file once no thread of this process holds the lock. Who waits for it then gets an error.
+
+        Who holds it after `deadline` keeps the file, until the process ends: a thread that is still at work, or one
+        that a KeyboardInterrupt took away between locking and what would have unlocked.
+        """
+        self._closed = True
+        if self._thread_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                self.close()
+            finally:
+                self._thread_lock.release()
 
     def close(self) -> None:
         """Close the file, and so let go of the lock if this is its last descriptor (a fork's copy is not)."""
@@ -152,10 +159,10 @@ class StripedLocks:
             lock = self._locks.setdefault(number, self._kind(os.path.join(self._folder, f"{number:02}.lock")))
         return lock
 
-    def close(self) -> None:
-        """Close the files once nobody in this process holds them."""
+    def close(self, deadline: float) -> None:
+        """Close the files once nobody in this process holds them; from `deadline` on, those that nobody does."""
         for lock in list(self._locks.values()):
-            lock.close_for_good()
+            lock.close_for_good(deadline)
 
     def abandon(self) -> None:
         """In the child of a fork: close the copies of the files; the locks stay the parent's."""

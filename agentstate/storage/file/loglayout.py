@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _SYNC_ALL_FROM: Final = 4  # files
 
 _PAUSE: Final = 0.0005
+_PATIENCE_AT_EXIT: Final = 5.0  # seconds
 _SYNC_EVERY: Final = 1.0
 
 _logger = logging.getLogger("agentstate.storage.file")
@@ -563,28 +564,36 @@ class LogLayout:
                         target=_sync_regularly, args=(this, self._stop_syncing), name="agentstate-fsync", daemon=True
                     )
                     self._syncer.start()
-                    atexit.register(_sync_now, this)
+                    atexit.register(_sync_now, this, _PATIENCE_AT_EXIT)
 
-    def sync_dirty(self) -> None:
-        """Flush what was written since the last time."""
+    def sync_dirty(self, deadline: float = NEVER) -> None:
+        """Flush what was written since the last time, but for what another thread still works on at `deadline`."""
         while self._dirty:
             try:
                 log = self._dirty.pop()
             except KeyError:  # another thread took the last one
                 return
-            with log.lock:
-                try:
-                    log.flush_lazily()
-                except StateError as error:
-                    _logger.error("the newest commits may not survive a power cut: %s", error)
+            if not _lock(log, deadline):
+                _logger.error("%s is still being written, and may not survive a power cut", log.path)
+                continue
+            try:
+                log.flush_lazily()
+            except StateError as error:
+                _logger.error("the newest commits may not survive a power cut: %s", error)
+            finally:
+                log.lock.release()
 
-    def close(self) -> None:
+    def close(self, deadline: float) -> None:
+        """Flush and close everything; what another thread still works on at `deadline` is left to it."""
         self._stop_syncing.set()
-        self.sync_dirty()
+        self.sync_dirty(deadline)
         for log in list(self._logs.values()):
-            with log.lock:
-                self._discard(log)
-        self.access.close()
+            if _lock(log, deadline):
+                try:
+                    self._discard(log)
+                finally:
+                    log.lock.release()
+        self.access.close(deadline)
 
     def after_fork(self) -> None:
         """In the child: close our copies of descriptors (the parent's stay open), begin as if nothing was known."""
@@ -594,16 +603,23 @@ class LogLayout:
         self._forget_everything()
 
 
+def _lock(log: LogFile, deadline: float) -> bool:
+    """Lock a log, unless another thread holds it until then: one that was interrupted may hold it for ever."""
+    if deadline == NEVER:
+        return log.lock.acquire()
+    return log.lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+
+
 def _sync_regularly(layout: weakref.ref[LogLayout], stop: threading.Event) -> None:
     while not stop.wait(_SYNC_EVERY) and _sync_now(layout):
         pass
 
 
-def _sync_now(layout: weakref.ref[LogLayout]) -> bool:
+def _sync_now(layout: weakref.ref[LogLayout], patience: float = NEVER) -> bool:
     """Flush what a layout wrote lazily; false if it is gone. Called at the exit too: not everybody closes storages."""
     alive = layout()
     if alive is not None:
-        alive.sync_dirty()
+        alive.sync_dirty(time.monotonic() + patience)
     return alive is not None
 
 

@@ -118,8 +118,12 @@ class FileStorage(StateStorage):
 
     def close(self) -> None:
         if not self.closed:
+            deadline = time.monotonic() + self.deadline
             super().close()
-            self._layout.close()
+            if isinstance(self._layout, LogLayout):
+                self._layout.close(deadline)
+            else:
+                self._layout.close()
 
     def _after_fork(self) -> None:
         super()._after_fork()
