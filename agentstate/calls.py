@@ -332,6 +332,7 @@ def update_variable(
     again whenever another writer came between (compare-and-set), until the deadline.
     """
     name = codec.key(key, "key", context_id)
+    fresh = commit_id is None  # nothing else has had the id before; an attempt that changed nothing leaves none
     commit_id = new_commit_id() if commit_id is None else check_commit_id(commit_id)
     deadline = self._deadline()
     fallback = self._encode(default, "default", context_id)
@@ -340,7 +341,7 @@ def update_variable(
         before = None if snapshot is None else snapshot.variables.get(name)
         after = self._encode(function(codec.decode(fallback if before is None else before)), name, context_id)
         commit = self._commit(context_id, commit_id, Put(Space.VARIABLES, ((name, after),)))
-        outcome = yield commit._replace(expect=(name, before), answer=after, deadline=deadline)
+        outcome = yield commit._replace(expect=(name, before), answer=after, deadline=deadline, fresh=fresh)
         if outcome != CHANGED:
             return codec.decode(outcome)
         if time.monotonic() > deadline:

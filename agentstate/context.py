@@ -129,7 +129,7 @@ class SyncConversationContext(Caller):
                     if not isinstance(step, _ONE_OPERATION):
                         outcome = self._perform(step)
                     elif storage.waits:
-                        outcome = _raised(storage.dispatcher.perform((step,))[0])
+                        outcome = storage.dispatcher.call(step)
                     else:
                         outcome = storage.call(step)
                 except StateError as error:

@@ -207,6 +207,11 @@ def test_a_backend_that_forgets_an_operation_is_found_out() -> None:
     assert all(isinstance(outcome, StateUnavailableError) for outcome in done.outcomes[0][1])
     with pytest.raises(StateUnavailableError, match="forgot an operation"):
         SyncConversationContext(storage).exists("a")
+    storage.waits = False  # type: ignore[misc]
+    with pytest.raises(StateUnavailableError, match="forgot an operation"):
+        SyncConversationContext(storage).exists("a")
+    with pytest.raises(StateOutcomeUnknownError, match="forgot an operation"):
+        SyncConversationContext(storage).get_or_create("a")
 
 
 def test_keyboard_interrupt_in_the_callers_thread_is_raised_and_frees_the_context() -> None:

@@ -143,15 +143,15 @@ def test_a_lease_whose_answer_was_lost_is_given_back(storage: Waiting) -> None:
 
 def test_an_interrupted_thread_gives_its_lease_back(storage: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
     context = SyncConversationContext(storage)
-    perform = storage.dispatcher.perform
+    call = storage.dispatcher.call
 
-    def interrupted(operations: Any) -> Any:
-        outcomes = perform(operations)
-        if any(isinstance(operation, Commit) for operation in operations):
+    def interrupted(operation: Any) -> Any:
+        outcome = call(operation)
+        if isinstance(operation, Commit):
             raise KeyboardInterrupt
-        return outcomes
+        return outcome
 
-    monkeypatch.setattr(storage.dispatcher, "perform", interrupted)
+    monkeypatch.setattr(storage.dispatcher, "call", interrupted)
     with pytest.raises(KeyboardInterrupt), context.turn("a") as turn:
         turn.set_variable("x", 1)
     end = time.monotonic() + 5

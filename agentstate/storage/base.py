@@ -14,7 +14,7 @@ from time import monotonic_ns
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
 from ..operations import NEVER, Operation, Outcome
-from .dispatch import Dispatcher
+from .dispatch import PENDING, Dispatcher, abandoned
 from .renewal import forget_after_fork
 from .tally import TIMED_ONE_IN, Tally
 
@@ -130,9 +130,11 @@ class StateStorage(ABC):
 
     def _outcome_of(self, operation: Operation) -> Outcome:
         """`execute` for one operation, whose error is raised. A backend that knows a shorter way overrides it."""
-        outcomes: list[Any] = [None]
+        outcomes: list[Any] = [PENDING]
         self.execute((operation,), outcomes.__setitem__)
         outcome: Outcome | StateError = outcomes[0]
+        if outcome is PENDING:
+            outcome = abandoned(self, operation)
         if isinstance(outcome, StateError):
             raise outcome
         return outcome
@@ -142,9 +144,12 @@ class StateStorage(ABC):
 
         As with `execute`, the caller sees to it that no other thread is at these contexts; `dispatcher` does.
         """
-        outcomes: list[Any] = [None] * len(operations)
+        outcomes: list[Any] = [PENDING] * len(operations)
         began = monotonic_ns()
         self.execute(operations, outcomes.__setitem__)
+        for index, outcome in enumerate(outcomes):
+            if outcome is PENDING:
+                outcomes[index] = abandoned(self, operations[index])
         self.tally.note(operations, outcomes, monotonic_ns() - began)
         return outcomes
 

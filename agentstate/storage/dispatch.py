@@ -11,10 +11,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import monotonic_ns
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
-from ..operations import Commit, Listing, Operation, Outcome
+from ..operations import Commit, Listing, Operation, Outcome, Query
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ Done: TypeAlias = Callable[[Outcomes], None]
 LARGEST_GROUP: Final = 512
 """Operations; more would make the first of them wait for the last."""
 
-_PENDING: Final[Any] = object()
+PENDING: Final[Any] = object()
 """Stands for an outcome that is not known yet (None is one: an absent context)."""
+
+_BUSY: Final[Any] = object()
+"""Stands for an outcome where nothing was carried out, because there was too much to do already."""
 
 IDLE_SECONDS: Final = 10.0
 """A worker thread with nothing to do for so long ends."""
@@ -50,7 +54,7 @@ class Job:
     def __init__(self, operations: Sequence[Operation]) -> None:
         self.operations = operations
         self.left = len(operations)
-        self.outcomes: Outcomes = [_PENDING] * self.left
+        self.outcomes: Outcomes = [PENDING] * self.left
         self.key = _key(operations[0])
         self.first = 0  # where in the group that it is carried out with its operations begin
 
@@ -99,25 +103,54 @@ class Dispatcher:
 
     def perform(self, operations: Sequence[Operation]) -> Outcomes:
         """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
-        key = _key(operations[0])
-        outcomes: Outcomes = [_PENDING] * len(operations)
+        outcomes: Outcomes = [PENDING] * len(operations)
+
+        def work() -> None:
+            began = monotonic_ns()
+            try:
+                self._execute(operations, outcomes, outcomes.__setitem__)
+            finally:
+                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
+
+        if self._in_this_thread(_key(operations[0]), work) is _BUSY:
+            return self._wait_for(operations)
+        return outcomes
+
+    def call(self, operation: Commit | Query) -> Outcome:
+        """`perform` for one operation, whose error is raised: with less ado, since most are alone."""
+        try:
+            outcome: Outcome | StateError = self._in_this_thread(
+                operation.context_id, partial(self._storage.call, operation)
+            )
+        except StateError:
+            raise
+        except Exception as error:
+            raise abandoned(self._storage, operation, error) from error
+        if outcome is _BUSY:
+            outcome = self._wait_for((operation,))[0]
+        if isinstance(outcome, StateError):
+            raise outcome
+        return outcome
+
+    def _in_this_thread(self, key: str | int, work: Callable[[], Any]) -> Any:
+        """`work`, as a group of its own with this key; or `_BUSY` if the storage or the key is."""
         free = False
-        began = monotonic_ns()
         try:  # before the lock: a KeyboardInterrupt right after it would leave the key busy for ever
             with self._lock:
                 free = self._groups < self._storage.groups and not self._queue and key not in self._busy
                 if free:
                     self._groups += 1
                     self._busy.add(key)
-            if free:
-                self._execute(operations, outcomes, outcomes.__setitem__)
+            return work() if free else _BUSY
         finally:
             if free:
-                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
                 with self._lock:
-                    self._free(key)
-                    self._end_group()
-        return outcomes if free else self._wait_for(operations)
+                    self._busy.discard(key)
+                    self._groups -= 1
+                    if key in self._held:
+                        self._free(key)
+                    if self._queue or self._draining:
+                        self._look_around()
 
     def _wait_for(self, operations: Sequence[Operation]) -> Outcomes:
         """Queue operations and wait until a worker has carried them out."""
@@ -221,8 +254,8 @@ class Dispatcher:
             self._queue[:0] = self._held.pop(key)
             self._wake_a_worker()
 
-    def _end_group(self) -> None:
-        self._groups -= 1
+    def _look_around(self) -> None:
+        """After a group: is there somebody to wake?"""
         if self._queue:
             self._wake_a_worker()
         elif self._draining and not self._busy:
@@ -249,7 +282,8 @@ class Dispatcher:
                 finally:
                     with self._lock:
                         self._jobs -= len(group)
-                        self._end_group()
+                        self._groups -= 1
+                        self._look_around()
 
     def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
         """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
@@ -263,9 +297,8 @@ class Dispatcher:
                 raise
         finally:
             for index, outcome in enumerate(outcomes):
-                if outcome is _PENDING:
-                    failure = failure or _Unsettled(f"{type(self._storage).__name__}.execute forgot an operation")
-                    settle(index, _abandoned(operations[index], failure))
+                if outcome is PENDING:
+                    settle(index, abandoned(self._storage, operations[index], failure))
 
 
 class _Group:
@@ -288,7 +321,7 @@ class _Group:
                 self._owners += (job,) * job.left
         keys = Counter(job.key for job in jobs) if len({job.key for job in jobs}) < len(jobs) else {}
         self._unfinished: dict[str | int, int] = {key: times for key, times in keys.items() if times > 1}
-        self.outcomes: Outcomes = [_PENDING] * len(self.operations)
+        self.outcomes: Outcomes = [PENDING] * len(self.operations)
         self._unsettled = len(self.operations)
         self._finished: list[Job] = []  # whose waiters are not told yet
         self._holds = False
@@ -336,8 +369,9 @@ class _Unsettled(Exception):
     """A backend returned from `execute` without having settled all operations."""
 
 
-def _abandoned(operation: Operation, failure: BaseException) -> StateError:
-    """The outcome of an operation that a backend dropped when it broke down."""
+def abandoned(storage: StateStorage, operation: Operation, failure: BaseException | None = None) -> StateError:
+    """The outcome of an operation that a backend dropped when it broke down, or forgot."""
+    failure = failure or _Unsettled(f"{type(storage).__name__}.execute forgot an operation")
     context_id = None if isinstance(operation, Listing) else operation.context_id
     message = f"the storage broke down: {type(failure).__name__}: {failure}"
     error: StateError

@@ -31,7 +31,9 @@ class StatisticsTests(Harness):
         list(context.list_contexts())
         context.get_or_create("bob")
         found = context.storage.statistics()
-        assert found.operations == {"query": 3, "commit": 3, "lease": 2, "listing": 1}
+        listings = found.operations.pop("listing")
+        assert listings >= 1  # one for each page
+        assert found.operations == {"query": 3, "commit": 3, "lease": 2}
         assert found.errors == {}
 
     def test_errors_are_counted_by_class(self, context: Context) -> None:

@@ -123,6 +123,20 @@ class LogLayout:
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
 
+    def call(self, operation: Operation) -> Outcome:
+        """Carry out one operation, and return its outcome or raise its error."""
+        outcomes: list[Any] = [None]
+        if type(operation) is Listing:
+            outcomes[0] = self._list(operation)
+        else:
+            execution = _Execution(self, cast(Sequence[OnContext], (operation,)), outcomes.__setitem__)
+            if not execution.at_once(0):
+                execution.run([0])
+        outcome: Outcome | StateError = outcomes[0]
+        if isinstance(outcome, StateError):
+            raise outcome
+        return outcome
+
     def _list(self, listing: Listing) -> Outcome | StateError:
         deadline = monotonic() + self.deadline if listing.deadline == NEVER else listing.deadline
 
@@ -240,13 +254,12 @@ class _Execution:
         again: list[int] = []
         try:
             if type(operation) is Query and is_plain(operation):
-                connection.send(self._packed_read(index))
+                connection.send_and_wait(self._packed_read(index))
                 reply = read_reply(operation, connection)
                 intact = True
                 self._read(index, reply, again)
             else:
-                connection.send(layout.pack(self.operations, [index], stamp, 0))
-                reply = connection.read()
+                reply = connection.ask_one(layout.pack(self.operations, [index], stamp, 0))
                 intact = True
                 if type(reply) is list:
                     self._answered(pool, [index], reply, again, 0)
@@ -441,12 +454,12 @@ class _Execution:
         query = cast(Query, self.operations[index])
         outcome: Outcome | StateError
         try:
-            outcome = snapshot_of(query, *reply)
+            fields, exists, messages = reply
+            outcome = snapshot_of(query, fields, messages)
         except StateError as error:
             outcome = error
-        if outcome is None and not reads_everything(query):
-            # None of our fields: nothing is there, or somebody else's hash. The script can tell; only an absent
-            # context pays for this second trip.
+        if outcome is None and exists and not reads_everything(query):
+            # None of our fields: somebody else's hash, about which the script has more to say.
             self.scripted.add(index)
             again.append(index)
         else:

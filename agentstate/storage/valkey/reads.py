@@ -20,6 +20,7 @@ _BASE: Final = tuple(name.encode() for name in BASE)
 _PACKED_BASE: Final = b"".join(map(bulk, _BASE))
 _MOST_FIELDS: Final = 1000
 
+_EXISTS: Final = b"*2\r\n$6\r\nEXISTS\r\n"
 _MULTI: Final = b"*1\r\n$5\r\nMULTI\r\n"
 _EXEC: Final = b"*1\r\n$4\r\nEXEC\r\n"
 
@@ -43,7 +44,8 @@ def pack_read(query: Query, state: bytes, history: bytes) -> bytes:
         commands = b"*2\r\n$7\r\nHGETALL\r\n" + state
     else:
         head, tail = _around_key(query.variables, query.metadata)
-        commands = b"%b%b%b" % (head, state, tail)
+        # Whether there is anything: of another's hash none of our fields is found either.
+        commands = b"%b%b%b%b%b" % (head, state, tail, _EXISTS, state)
     if query.history is None:
         return commands
     limit = query.history.limit
@@ -59,16 +61,19 @@ def _around_key(variables: tuple[str, ...], metadata: tuple[str, ...]) -> tuple[
 
 
 def read_reply(query: Query, connection: Connection) -> Any:
-    """What the server answers to a plain read: [fields, messages or None], or a ServerError."""
+    """What the server answers to a plain read: a ServerError, or fields, whether there is any, messages or None."""
+    count = 1 if reads_everything(query) else 2
     if query.history is None:
-        reply = connection.read()
-        return reply if isinstance(reply, ServerError) else (reply, None)
-    queued = [connection.read() for _ in range(3)]
-    reply = connection.read()
-    for error in (*queued, *(reply if isinstance(reply, list) else (reply,))):
-        if isinstance(error, ServerError):
-            return error
-    return reply
+        replies = [connection.read() for _ in range(count)]
+        answers = replies
+    else:
+        replies = [connection.read() for _ in range(count + 2)]
+        answers = connection.read()
+        replies += answers if isinstance(answers, list) else (answers,)
+    for reply in replies:
+        if isinstance(reply, ServerError):
+            return reply
+    return answers[0], count == 1 or answers[1], None if query.history is None else answers[-1]
 
 
 def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None) -> Snapshot | None:

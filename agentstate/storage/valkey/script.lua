@@ -40,6 +40,7 @@ local carry_out -- what `general` has made
 local function general()
 local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
 local floor, concat = math.floor, table.concat
+local repeated = true -- whether the id of the commit at hand may be among those remembered
 
 -- What most commits do without.
 local function seldom()
@@ -110,9 +111,11 @@ local function seldom()
   -- The outcome of a commit that changes nothing: unless it did before. `state`: the hash, if there is one.
   function make.unchanged(state, k, commit_id, code, detail)
     local commits = keys[k + 2]
-    local before, answer = make.known(commits, commit_id)
-    if before then
-      return before, answer
+    if repeated then
+      local before, answer = make.known(commits, commit_id)
+      if before then
+        return before, answer
+      end
     end
     if earlier > 0 and code ~= 'L' then
       -- The copy that was sent earlier may still arrive, and would contradict this answer.
@@ -340,8 +343,7 @@ local function commit(shape, a, k)
     updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
     user, expires, guard = stored[6], stored[7], tonumber(stored[8]) or 0
   end
-  -- Whether the id may be among those remembered.
-  local repeated = not exists or earlier > 0 or now <= guard
+  repeated = not exists or earlier > 0 or now <= guard
   local first, last, owner = start, keep, user -- as stored
   local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
   local fresh, n -- messages to append: the table of several, the one, or none
@@ -540,11 +542,15 @@ local function commit(shape, a, k)
     end
   end
   if not touched then
-    rare = rare or seldom()
-    if answer == '' then
-      return rare.unchanged(hash, k, commit_id, 'k')
+    local code, detail = 'k', nil
+    if answer ~= '' then
+      code, detail = 'a', answer
     end
-    return rare.unchanged(hash, k, commit_id, 'a', answer)
+    if repeated then
+      rare = rare or seldom()
+      return rare.unchanged(hash, k, commit_id, code, detail)
+    end
+    return code, detail
   end
 
   -- `updated` never goes backwards.
@@ -805,7 +811,7 @@ return function(kind, shape, a, k)
     rare = rare or seldom()
     return true, rare.refused(keys[k + 2], args[a + 1], shape)
   end
-  rare = rare or seldom() -- L: a lease; D, G: a conversion, G needs the lease
+  rare, repeated = rare or seldom(), true -- L: a lease; D, G: a conversion, G needs the lease
   return pcall(kind == 76 and rare.lease or rare.convert, shape, a, k)
 end
 end
@@ -822,8 +828,8 @@ while a <= last do
   if unfinished and unfinished[keys[k]] then
     code = 'z'
   elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
-    -- The most frequent operation: messages for a context that exists, and keys set, without the costs of the general
-    -- case. Where anything is unusual it leaves no trace, and the general case decides.
+    -- The most frequent commits: messages for a context that exists, and keys set. Here and below: where anything is
+    -- unusual it leaves no trace, and the general case decides.
     local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
     local revision, start, stop = tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
     if stored[1] == args[a + 1] and revision and start and stop and (stored[2] or '~') < now_text and (stored[7] or '~') < now_text
@@ -882,6 +888,35 @@ while a <= last do
             call('PEXPIREAT', keys[k + 1], expire)
             call('PEXPIREAT', keys[k + 2], math.max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
           end
+        end
+      end
+    end
+  end
+  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd') then
+    -- A number added to a variable; a key dropped.
+    local state, field = keys[k], args[a + 3]
+    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', field)
+    local revision, value, answer = tonumber(stored[3]), stored[6], nil
+    if kind == 67 and string.byte(shape, 5) == 100 then
+      answer = value and 'true' or 'false'
+    else
+      local before, by = value or '0', args[a + 4]
+      if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
+        answer = string.format('%.0f', before + by)
+      end
+    end
+    if answer and stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
+      and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
+      local companion = '\n' .. now_text .. '\n' .. answer
+      if type(attempt('RPUSH', keys[k + 2], args[a + 2], companion)) == 'number' then
+        code, detail = 'a', answer
+        if answer == 'true' then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+          call('HDEL', state, field)
+        elseif answer == 'false' then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+        else
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, answer)
         end
       end
     end

@@ -93,14 +93,23 @@ def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> in
         and idle_for is None
         and not (absent or answer)
     ):
-        change = changes[0]
-        if type(change) is Append and len(change.messages) == 1:  # by far the most frequent one
+        change = changes[0]  # the most frequent ones, with less ado
+        if type(change) is Append and len(change.messages) == 1:
             message = change.messages[0]
             arguments.append(
                 b"$5\r\n\0\0\3CA\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n"
                 % (context_id, len(commit_id), commit_id.encode(), len(message), message)
             )
             return 4
+        if type(change) is Put and len(change.items) == 1 and not change.replace:
+            ((key, value),) = change.items
+            name = key.encode()
+            space = b"v:" if change.space is Space.VARIABLES else b"m:"
+            arguments.append(
+                b"$5\r\n\0\0\4CS\r\n%b$%d\r\n%b\r\n$%d\r\n%b%b\r\n$%d\r\n%b\r\n"
+                % (context_id, len(commit_id), commit_id.encode(), len(name) + 2, space, name, len(value), value)
+            )
+            return 5
     shape = bytearray(b"C" if commit.fence is None else b"F")
     parts = [context_id, bulk(commit_id.encode())]
     _pack_conditions(commit, shape, parts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
 from ...keys import KeySpace
-from ...operations import Operation
+from ...operations import Operation, Outcome
 from ..base import Settle, StateStorage, one_of, positive_integer
 from .documents import ValkeyDocuments
 from .loglayout import LogLayout
@@ -91,6 +91,11 @@ class ValkeyStorage(StateStorage):
                     settle(index, error)
             return
         self._layout.execute(operations, settle)
+
+    def _outcome_of(self, operation: Operation) -> Outcome:
+        if isinstance(self._layout, LogLayout) and not self.closed:
+            return self._layout.call(operation)
+        return super()._outcome_of(operation)
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         target = self._servers.target

@@ -86,6 +86,39 @@ class Connection:
         self.send(b"".join(commands))
         return [self.read() for _ in commands]
 
+    def ask_one(self, packed: bytes) -> Any:
+        """The reply to one packed command: `send` and `read`, with less ado for what is small."""
+        data = self._exchange(packed)
+        if len(data) == 28 and data.startswith(b"*1\r\n$17\r\n"):  # what the script answers to most
+            return [data[9:26]]
+        self._feed(data)
+        return self.read()
+
+    def send_and_wait(self, packed: bytes) -> None:
+        """`send`, and wait for the beginning of the replies, which `read` finds then."""
+        self._feed(self._exchange(packed))
+
+    def _exchange(self, packed: bytes) -> bytes:
+        if len(packed) > _SEND:
+            self.send(packed)
+            return self._receive(_RECEIVE)
+        self._set_patience()
+        try:
+            self._sock.sendall(packed)
+            data = self._sock.recv(_RECEIVE)
+        except OSError as error:
+            raise LostConnectionError(_reason(error, "waiting for an answer")) from error
+        if not data:
+            raise LostConnectionError("the server closed the connection")
+        self.sent += len(packed)
+        self.received += len(data)
+        return data
+
+    def _feed(self, data: bytes) -> None:
+        """Take what was received where nothing was left over."""
+        self._data = data
+        self._position = 0
+
     def read(self) -> Any:
         """The next reply. Raises LostConnectionError."""
         line = self._line()
@@ -176,8 +209,37 @@ class Connection:
         if left <= 0:
             raise LostConnectionError("no answer before the deadline")
         if not 0.99 * left <= self._patience <= left:
-            _set_timeout(self._sock, left)
-            self._patience = left
+            self._patience = 0.995 * left  # a little less, which is right for the next call too
+            _set_timeout(self._sock, self._patience)
+
+
+class QuickConnection(Connection):
+    """A connection whose replies are read by libvalkey, which is written in C."""
+
+    __slots__ = ("_reader",)
+
+    def __init__(self, owner: Any, sock: socket.socket) -> None:
+        from libvalkey import Reader
+
+        super().__init__(owner, sock)
+        self._reader = Reader(protocolError=LostConnectionError, replyError=ServerError)
+
+    def _feed(self, data: bytes) -> None:
+        self._reader.feed(data)
+
+    def read(self) -> Any:
+        reader = self._reader
+        while (reply := reader.gets()) is False:
+            reader.feed(self._receive(_RECEIVE))
+        return reply
+
+
+def _connection_class() -> type[Connection]:
+    try:
+        import libvalkey
+    except ImportError:
+        return Connection
+    return QuickConnection if hasattr(libvalkey, "Reader") else Connection
 
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
@@ -218,10 +280,11 @@ def open_connection(
     from valkey.exceptions import TimeoutError as NoAnswer
     from valkey.retry import Retry
 
+    kind = _connection_class()
     opened: list[tuple[Connection, list[Any]]] = []
 
     def greet(owner: Any) -> None:
-        connection = Connection(owner, owner._sock)
+        connection = kind(owner, owner._sock)
         connection.deadline = deadline
         opened.append((connection, connection.ask(*greeting)))
 
