@@ -120,7 +120,9 @@ class InMemoryStorage(StateStorage):
 
     def _query(self, query: Query) -> Snapshot | None:
         context = self._contexts.get(query.context_id)
-        if context is None or not context.lives(now_microseconds()):
+        if context is None or not context.exists:
+            return None
+        if context.expires is not None and context.expires <= now_microseconds():
             return None
         check_owner(context, query.user, query.context_id)
         return context.snapshot(query, context.read)

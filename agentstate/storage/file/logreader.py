@@ -29,7 +29,7 @@ from .logformat import (
 )
 from .logimage import LogImage
 
-_TAIL: Final = 32 * 1024
+_TAIL: Final = 8 * 1024
 """Bytes that are read of a file's end at first: the last checkpoint is mostly in them."""
 HEAD: Final = 8 * 1024
 """Bytes in which any header ends."""
