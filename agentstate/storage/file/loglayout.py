@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
-from ...operations import Commit, Lease, Listing, Operation, Outcome, Query
+from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
 from ..resolve import check_owner
 from .access import Access
