@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from servers import HOST, ValkeyServer
 
@@ -151,9 +151,12 @@ def cancels_on_a_bad_line(random: Random, rounds: int, figures: Figures, *, serv
 
 _WRITER = """
 import asyncio, os, signal, sys, threading
-from agentstate import ConversationContext, FileStorage, SyncConversationContext
+from agentstate import ConversationContext, FileStorage, SyncConversationContext, ValkeyStorage
 
-folder, way = sys.argv[1:]
+place, way = sys.argv[1:]
+def storage():
+    return ValkeyStorage(place) if place.startswith("valkey:") else FileStorage(place)
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it would be ignored
 
 async def write(context, writer):
@@ -163,7 +166,7 @@ async def write(context, writer):
         os.write(1, f'["done", {writer}, {number}]\\n'.encode())
 
 async def main():
-    context = ConversationContext(FileStorage(folder))
+    context = ConversationContext(storage())
     if way == "loop":
         # The loop ends, and with it all that waits for an answer.
         tasks = [asyncio.create_task(write(context, writer)) for writer in range(6)]
@@ -174,7 +177,7 @@ async def main():
     await asyncio.gather(*(write(context, writer) for writer in range(6)))
 
 def thread(writer):
-    context = SyncConversationContext(FileStorage(folder))
+    context = SyncConversationContext(storage())
     for number in range(100000):
         os.write(1, f'["begun", {writer}, {number}]\\n'.encode())
         context.add_to_history("alice", f"w{writer}", number)
@@ -192,19 +195,30 @@ else:
 
 def exits(random: Random, rounds: int, figures: Figures) -> None:
     """`rounds` interpreters that end with writes pending: by themselves, by SIGTERM (handled or not), by SIGINT."""
-    ways = ("loop", "exit", "term", "handler", "int")
     with scratch(disk=True) as folder:
         for number in range(rounds):
-            way = ways[number % len(ways)]
             place = folder / str(number)
-            figures.faults += 1
-            told = _let_it_write(place, way, random, figures)
-            _compare(place, told, way, figures)
+            _exit(str(place), partial(FileStorage, place), number, random, figures)
 
 
-def _let_it_write(folder: Path, way: str, random: Random, figures: Figures) -> list[list[Any]]:
+def exits_on_valkey(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer) -> None:
+    """The same, of clients of a server."""
+    for number in range(rounds):
+        with server.client() as client:
+            client.flushall()
+        _exit(server.url, partial(ValkeyStorage, server.url), number, random, figures)
+
+
+def _exit(place: str, make: Callable[[], StateStorage], number: int, random: Random, figures: Figures) -> None:
+    ways = ("loop", "exit", "term", "handler", "int")
+    way = ways[number % len(ways)]
+    figures.faults += 1
+    _compare(make(), _let_it_write(place, way, random, figures), way, figures)
+
+
+def _let_it_write(place: str, way: str, random: Random, figures: Figures) -> list[list[Any]]:
     child = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(folder), way], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", _WRITER, place, way], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     with child:
         assert child.stdout is not None
@@ -224,8 +238,8 @@ def _let_it_write(folder: Path, way: str, random: Random, figures: Figures) -> l
     return [json.loads(line) for line in lines if line.endswith(b"]")]
 
 
-def _compare(folder: Path, told: list[list[Any]], way: str, figures: Figures) -> None:
-    with SyncConversationContext(FileStorage(folder)) as context:
+def _compare(storage: StateStorage, told: list[list[Any]], way: str, figures: Figures) -> None:
+    with SyncConversationContext(storage) as context:
         history = context.get_history("alice")
         context.add_to_history("alice", "after", 1)
     figures.calls += sum(what == "done" for what, _, _ in told)
@@ -240,53 +254,73 @@ def _compare(folder: Path, told: list[list[Any]], way: str, figures: Figures) ->
             figures.double(when)
 
 
+_KINDS: Final = ("raises", "is told unknown", "loses its store", "generates", "awaits and raises", "is cancelled")
+
+
 def handlers(random: Random, rounds: int, figures: Figures) -> None:
     """`rounds` handlers that raise, are cancelled, or lose their store: each is called exactly once."""
     with scratch() as folder:
-        storage_dir = str(folder / "states")
         for number in range(rounds):
             figures.faults += 1
-            kind = number % 4
+            kind = _KINDS[number % len(_KINDS)]
+            states = folder / str(number)
             calls: list[str] = []
-            options: dict[str, Any] = {"storage": "file", "storage_dir": storage_dir}
-            if number % 3 == 0:
+            options: dict[str, Any] = {"storage": "file", "storage_dir": str(states), "deadline": 1.0}
+            if random.random() < 0.3:
                 options["serialize_turns"] = True
-            task = {"id": f"task-{number}"}
-            with suppress(ArithmeticError, asyncio.CancelledError, StateError):
-                _run_handler(kind, options, task, calls)
+            begin = time.monotonic()
+            try:
+                _run_handler(kind, states, options, {"id": f"task-{number}"}, calls)
+            except (ArithmeticError, asyncio.CancelledError, StateError):
+                pass
+            else:
+                figures.fail_silently(f"nobody heard of the error of a handler that {kind}")
+            figures.took(time.monotonic() - begin, 5.0, f"a handler that {kind}")
             if len(calls) != 1:
-                figures.double(f"a handler was called {len(calls)} times (kind {kind}, {options})")
+                figures.double(f"a handler that {kind} was called {len(calls)} times ({options})")
 
 
-def _run_handler(kind: int, options: dict[str, Any], task: Any, calls: list[str]) -> None:
-    if kind < 2:
+def _run_handler(kind: str, states: Path, options: dict[str, Any], task: Any, calls: list[str]) -> None:
+    if kind == "generates":
+
+        @stateful(**options)
+        def generator(task: Any, context: Any, context_id: str) -> Iterator[int]:
+            calls.append(context_id)
+            yield context.increment_variable(context_id, "n")
+            raise ArithmeticError
+
+        list(generator(task))
+    elif kind in ("awaits and raises", "is cancelled"):
+        asyncio.run(_run_coroutine(kind, options, task, calls))
+    else:
 
         @stateful(**options)
         def handler(task: Any, context: Any, context_id: str) -> None:
             calls.append(context_id)
             context.add_to_history(context_id, "user", "before")
-            if kind == 0:
+            if kind == "raises":
                 raise ArithmeticError
-            # A store that fails under way is no reason to run the handler again.
-            raise StateOutcomeUnknownError("sent, but not confirmed", context_id=context_id, commit_id="x")
+            if kind == "is told unknown":
+                # A store that fails under way is no reason to run the handler again.
+                raise StateOutcomeUnknownError("sent, but not confirmed", context_id=context_id, commit_id="x")
+            states.rename(states.with_name("lost-" + states.name))
+            context.add_to_history(context_id, "user", "after")
 
         handler(task)
-        return
 
+
+async def _run_coroutine(kind: str, options: dict[str, Any], task: Any, calls: list[str]) -> None:
     @stateful(**options)
     async def coroutine(task: Any, context: Any, context_id: str) -> None:
         calls.append(context_id)
         await context.add_to_history(context_id, "user", "before")
-        if kind == 2:
+        if kind == "awaits and raises":
             raise ArithmeticError
         await asyncio.sleep(10)
 
-    async def main() -> None:
-        running = asyncio.create_task(coroutine(task))
-        while not calls:
-            await asyncio.sleep(0)
-        if kind == 3:
-            running.cancel()
-        await running
-
-    asyncio.run(main())
+    running = asyncio.create_task(coroutine(task))
+    while not calls:
+        await asyncio.sleep(0)
+    if kind == "is cancelled":
+        running.cancel()
+    await running

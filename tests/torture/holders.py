@@ -1,4 +1,4 @@
-"""Locks whose holders are killed or stopped, that forks inherit, or that do not work."""
+"""Locks whose holders are killed or stopped, or that do not work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agentstate import FileStorage, SyncConversationContext
 from agentstate.errors import StateError, StateTimeoutError, StateUnavailableError
 
 from .figures import Figures
-from .model import Step, Steps, observed, perform
+from .model import Steps, observed
 from .places import scratch
 from .seam import Seam
 from .witness import Witness
@@ -25,7 +25,7 @@ from .witness import Witness
 
 def holders(random: Random, rounds: int, figures: Figures) -> None:
     """`rounds` holders of a lock in trouble. To be run in a process of its own: it forks."""
-    kinds: tuple[Callable[[Path, Random, Figures], None], ...] = (killed, stopped, forked, without_flock, removed)
+    kinds: tuple[Callable[[Path, Random, Figures], None], ...] = (killed, stopped, without_flock, removed)
     with scratch() as folder:
         for number in range(rounds):
             place = folder / str(number)
@@ -97,51 +97,6 @@ def stopped(folder: Path, random: Random, figures: Figures) -> None:
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def forked(folder: Path, random: Random, figures: Figures) -> None:
-    """A fork while threads hold locks: parent and child both go on, and neither has the other's."""
-    storage = FileStorage(folder, deadline=5.0)
-    context = SyncConversationContext(storage)
-    done = threading.Event()
-
-    def work() -> None:
-        steps = Steps(Random(0), "thread-")
-        while not done.is_set():
-            perform(context, "busy", next(steps))
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    children = []
-    try:
-        witness = Witness(figures, "parent")
-        for number in range(4):
-            witness.call(context, Step("add_to_history", ("user", f"p{number}")))
-            pid = os.fork()
-            if pid == 0:
-                status = 1
-                try:
-                    for index in range(5):
-                        context.add_to_history(f"child-{number}", "user", index)
-                        context.increment_variable("busy", "children")
-                    status = 0
-                finally:
-                    os._exit(status)
-            children.append(pid)
-        for pid in children:
-            begin = time.monotonic()
-            if os.waitpid(pid, 0)[1] != 0:
-                figures.fail_silently("a forked child failed")
-            figures.took(time.monotonic() - begin, 5.0, "a forked child")
-    finally:
-        done.set()
-        worker.join()
-    witness.look(context, "after forks")
-    for number in range(4):
-        contents = [message["content"] for message in context.get_history(f"child-{number}")]
-        if contents != list(range(5)):
-            figures.lose(f"of a forked child: {contents}")
-    storage.close()
 
 
 def without_flock(folder: Path, random: Random, figures: Figures) -> None:

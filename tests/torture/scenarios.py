@@ -15,12 +15,13 @@ from servers import ValkeyServer, find_server
 
 from agentstate import FileStorage, InMemoryStorage, StateStorage, ValkeyStorage
 
-from .cancels import cancels, cancels_on_a_bad_line, exits, handlers
+from .cancels import cancels, cancels_on_a_bad_line, exits, exits_on_valkey, handlers
 from .crowd import crowd
 from .cuts import cuts
 from .damage import flipped_bits, moved_lines, torn_documents, torn_ends
 from .failovers import failovers
 from .figures import Figures
+from .forks import forks
 from .holders import holders
 from .kills import kills, kills_of_clients
 from .linearizable import linearizable
@@ -104,7 +105,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "system-errors-documents": Scenario(partial(system_errors, layout="document"), 20, 3_000),
     "full-disk": Scenario(small_disk, 3, 300, forks=True),
     "full-disk-documents": Scenario(partial(small_disk, layout="document"), 0, 100, forks=True),
-    "locks": Scenario(holders, 5, 200, forks=True),
+    "locks": Scenario(holders, 4, 200, forks=True),
+    "forks-files": Scenario(_on_files(forks), 4, 400, forks=True),
+    "forks-documents": Scenario(_on_files(forks, layout="document"), 0, 100, forks=True),
+    "forks-valkey": Scenario(_on_valkey(forks), 4, 400, forks=True),
     "crowd-files": Scenario(partial(crowd, processes=3, threads=4), 3, 3, forks=True),
     "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
     "crowd-valkey": Scenario(partial(_crowd_on_valkey, processes=3, threads=4), 3, 3, forks=True),
@@ -130,6 +134,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cancels-documents": Scenario(_on_files(cancels, layout="document"), 100, 10_000),
     "cancels-cuts": Scenario(_beside_valkey(cancels_on_a_bad_line), 100, 10_000),
     "exits": Scenario(exits, 5, 200),
+    "exits-valkey": Scenario(_beside_valkey(exits_on_valkey), 0, 100),
     "handlers": Scenario(handlers, 24, 2_000),
     "clock-jumps-files": Scenario(_on_files(clock_jumps), 6, 300),
     "clock-jumps-valkey": Scenario(_on_valkey(clock_jumps), 6, 300),

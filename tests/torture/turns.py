@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from random import Random
 from unittest.mock import patch
 
-from agentstate import StateStorage, SyncConversationContext
+from agentstate import ConversationContext, StateStorage, SyncConversationContext
 from agentstate.errors import StateError, StateTimeoutError, TurnLostError
 
 from .figures import Figures
@@ -28,7 +29,10 @@ def turns(random: Random, rounds: int, figures: Figures, *, make: Callable[[], S
         if pid == 0:
             try:
                 os.close(read)
-                _hold(make(), context_id, write)
+                if number % 2:
+                    asyncio.run(_hold_async(make(), context_id, write))
+                else:
+                    _hold(make(), context_id, write)
             finally:
                 os._exit(1)
         os.close(write)
@@ -72,6 +76,19 @@ def _hold(storage: StateStorage, context_id: str, pipe: int) -> None:
     os.write(pipe, told)
 
 
+async def _hold_async(storage: StateStorage, context_id: str, pipe: int) -> None:
+    context = ConversationContext(storage)
+    told = b"committed"
+    try:
+        async with context.turn(context_id, lease=_LEASE) as turn:
+            os.write(pipe, b"h")
+            await asyncio.sleep(_LEASE)  # stopped in here
+            turn.add_to_history("user", "the stale one")
+    except TurnLostError:
+        told = b"lost"
+    os.write(pipe, told)
+
+
 def clock_jumps(random: Random, rounds: int, figures: Figures, *, make: Callable[[], StateStorage]) -> None:
     """`rounds` turns during which this machine's clock is set, by up to a day: they are neither lost nor shared."""
     with SyncConversationContext(make()) as holder, SyncConversationContext(make()) as other:
@@ -80,6 +97,7 @@ def clock_jumps(random: Random, rounds: int, figures: Figures, *, make: Callable
             holder.add_to_history(context_id, "user", 0)
             jump = random.choice((-1, 1)) * random.choice((1, 60, 86_400))
             figures.faults += 1
+            began = time.monotonic()
             try:
                 with holder.turn(context_id, lease=10.0) as turn, _clock_set(by=jump):
                     try:
@@ -93,6 +111,7 @@ def clock_jumps(random: Random, rounds: int, figures: Figures, *, make: Callable
                     turn.add_to_history("user", 3)
             except StateError as error:
                 figures.fail_silently(f"a jump by {jump} s: {error!r}")
+            figures.took(time.monotonic() - began, 1.0, f"two turns and a jump by {jump} s")
             contents = [message["content"] for message in other.get_history(context_id)]
             if contents != [0, 1, 2, 3]:
                 figures.lose(f"a jump by {jump} s: {contents}")
