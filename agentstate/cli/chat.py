@@ -231,7 +231,10 @@ def _registered(module: ModuleType, name: str) -> Any:
         return get_handler(name)
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = get_close_matches(name, {*own, *list_handlers()}, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"handlers are {', '.join(list_handlers()) or 'not registered'}"
+    registered = list_handlers()
+    hint = f"registered are {', '.join(registered)}" if registered else "none is registered by @register_handler"
+    if near:
+        hint = f"did you mean {near[0]!r}?"
     raise HandlerMissingError(f"there is no handler {name!r} in {module.__name__}; {hint}")
 
 

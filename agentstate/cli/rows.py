@@ -10,6 +10,7 @@ from ..operations import Snapshot, Window
 from ..state import from_microseconds
 from ..storage.base import StateStorage
 from ..transfer import pages_of_ids, read_contexts
+from .exits import UNAVAILABLE, code_of_all
 
 _GROUP: Final = 200
 _GROUP_OF_WHOLE: Final = 10
@@ -28,13 +29,17 @@ class Row(NamedTuple):
 
 
 def rows_of(storage: StateStorage, user_id: str | None = None, *, everything: bool = False) -> Iterator[Row]:
-    """All conversations, in no order; with `everything`, what they hold too."""
+    """All conversations, in no order; with `everything`, what they hold too. StateError: the store is away."""
     what: dict[str, Any] = {"variables": None, "metadata": None, "history": Window()} if everything else {}
     size = _GROUP_OF_WHOLE if everything else _GROUP
     for page in pages_of_ids(storage, user_id):
         for position in range(0, len(page), size):
             group = page[position : position + size]
-            for context_id, outcome in zip(group, read_contexts(storage, group, **what), strict=True):
+            outcomes = read_contexts(storage, group, **what)
+            errors = [outcome for outcome in outcomes if isinstance(outcome, StateError)]
+            if len(errors) == len(group) and code_of_all(errors) == UNAVAILABLE:
+                raise errors[0]  # the store, and not some of what is in it
+            for context_id, outcome in zip(group, outcomes, strict=True):
                 if outcome is not None:  # cleared or expired meanwhile
                     yield Row(context_id, outcome)
 

@@ -15,7 +15,7 @@ from ..errors import ContextNotFoundError, StateConfigError, StateConflictError
 from ..registry import read_config
 from ..urls import redact_url
 from . import console, exits
-from .interrupts import undisturbed
+from .newfiles import NewFile, write_all
 from .store import use_config
 
 _BACKENDS: Final = ("file", "valkey", "memory")
@@ -71,9 +71,7 @@ def init(
     if ask:
         _ask(str(storage), options)
     text = section_text(str(storage), options)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with undisturbed(), open(file, "x", encoding="utf-8") as stream:
-        stream.write(text)
+    write_all([NewFile(Path(file), text)])
     console.line(f"Wrote {file}")
     if "${" + _URL_VARIABLE + "}" in text:
         console.note(f"The URL has a password, which was not written: set {_URL_VARIABLE} in the environment.")

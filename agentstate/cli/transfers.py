@@ -89,12 +89,10 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
     unfinished = f"{path}.{os.getpid()}.part"
     with undisturbed():
         try:
-            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            error.filename = path  # the name that was asked for
-            raise
-        try:
-            with open(descriptor, "wb") as raw, _compressed(raw, compress) as file:
+            with (
+                open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as raw,
+                _compressed(raw, compress) as file,
+            ):
                 with disturbed():
                     yield file
                 if file is not raw:
@@ -105,6 +103,10 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
                 os.replace(unfinished, path)
             else:
                 _rename_to_new(unfinished, path)
+        except OSError as error:
+            if not isinstance(error, StateError) and error.filename in (None, unfinished):
+                error.filename = path  # the name that was asked for; a full disk is told without one
+            raise
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
