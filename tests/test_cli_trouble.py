@@ -165,7 +165,7 @@ def test_a_second_repair_keeps_the_first_original(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"one %d" % number, b"0ne %d" % number))
         damaged.append(path.read_bytes())
         assert run("verify", "--repair", cwd=tmp_path).code == 0
-    kept = [path.with_name(f"alice.jsonl.damaged{end}") for end in ("", ".2", ".3")]
+    kept = [path.with_name(f"alice.jsonl.damaged{end}") for end in ("", "2", "3")]
     assert [each.read_bytes() for each in kept] == damaged
 
 
