@@ -169,6 +169,39 @@ def test_a_second_repair_keeps_the_first_original(tmp_path: Path) -> None:
     assert [each.read_bytes() for each in kept] == damaged
 
 
+@LINUX
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_what_is_no_file_is_told_and_does_not_hide_the_others(tmp_path: Path, layout: str) -> None:
+    store = tmp_path / "store"
+    with SyncConversationContext(FileStorage(store, layout=layout)) as context:
+        for name in ("a", "z"):
+            context.add_to_history(name, "user", "hello")
+    suffix = "jsonl" if layout == "log" else "json"
+    (store / f"folder.{suffix}").mkdir()
+    os.mkfifo(store / f"fifo.{suffix}")
+    (store / f"link.{suffix}").symlink_to(f"a.{suffix}")
+    options = ["--storage-dir", "store", "--layout", layout]
+    ran = run("list", *options, cwd=tmp_path)
+    assert {row[0] for row in ran.rows} == {"a", "z", "folder", "fifo", "link"}
+    assert ran.code in (exits.PROBLEM, exits.UNAVAILABLE)
+    assert len(ran.err.splitlines()) == 3
+    assert run("stats", *options, "--json", cwd=tmp_path).json["contexts"] == 2
+    verified = run("verify", "--repair", *options, "--json", cwd=tmp_path)
+    assert verified.code == exits.CORRUPTED
+    assert (verified.json["conversations"], len(verified.json["damaged"])) == (2, 3)
+    assert run("migrate", "store", "new", "--from-layout", layout, "--json", cwd=tmp_path).json["copied"] == 2
+    assert run("cleanup", "--max-age-hours", "0", *options, "--json", cwd=tmp_path).json == {"deleted": 2}
+
+
+def test_a_damaged_document_is_left_to_its_owner(tmp_path: Path) -> None:
+    (tmp_path / "conversation_states").mkdir()
+    (tmp_path / "conversation_states" / "broken.json").write_text('{"context_id": "broken", "hist')
+    ran = run("verify", "--repair", cwd=tmp_path)
+    assert ran.code == exits.CORRUPTED
+    assert "broken.json by hand" in ran.err
+    assert (tmp_path / "conversation_states" / "broken.json").read_text() == '{"context_id": "broken", "hist'
+
+
 class Away(InMemoryStorage):
     """A store that is lost between the listing and the reading."""
 

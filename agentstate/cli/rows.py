@@ -8,9 +8,8 @@ from typing import Any, Final, NamedTuple
 from ..errors import StateError
 from ..operations import Snapshot, Window
 from ..state import from_microseconds
-from ..storage.base import StateStorage
+from ..storage.base import StateStorage, concerns_one_context
 from ..transfer import pages_of_ids, read_contexts
-from .exits import UNAVAILABLE, code_of_all
 
 _GROUP: Final = 200
 _GROUP_OF_WHOLE: Final = 10
@@ -35,11 +34,9 @@ def rows_of(storage: StateStorage, user_id: str | None = None, *, everything: bo
     for page in pages_of_ids(storage, user_id):
         for position in range(0, len(page), size):
             group = page[position : position + size]
-            outcomes = read_contexts(storage, group, **what)
-            errors = [outcome for outcome in outcomes if isinstance(outcome, StateError)]
-            if len(errors) == len(group) and code_of_all(errors) == UNAVAILABLE:
-                raise errors[0]  # the store, and not some of what is in it
-            for context_id, outcome in zip(group, outcomes, strict=True):
+            for context_id, outcome in zip(group, read_contexts(storage, group, **what), strict=True):
+                if isinstance(outcome, StateError) and not concerns_one_context(outcome):
+                    raise outcome
                 if outcome is not None:  # cleared or expired meanwhile
                     yield Row(context_id, outcome)
 
