@@ -315,6 +315,25 @@ def test_commands_options_and_ids_are_completed(some: Path, words: str, expected
     assert [line.partition(",")[2] for line in ran.out.split()] == expected
 
 
+def test_what_a_shell_would_take_for_something_else_is_not_offered(some: Path) -> None:
+    with SyncConversationContext(FileStorage(some / "conversation_states")) as context:
+        for name in (
+            "user:x",
+            "$(touch hacked)",
+            "`touch hacked`",
+            "a b",
+            "*",
+            "-n",
+            "new\nplain,line",
+            "a;b",
+            "~",
+            "世界",
+        ):
+            context.set_variable(name, "x", 1)
+    ran = run(cwd=some, _AGENTSTATE_COMPLETE="bash_complete", COMP_WORDS="agentstate show ")
+    assert ran.out.split("\n") == [f"plain,{name}" for name in ("alice", "bob", "user:x", "世界")] + [""]
+
+
 # --- documentation --------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import click
 from ..errors import ContextNotFoundError, StateConfigError, StateError
 from ..keys import check_context_id
 from . import console, exits
+from .completion import paths
 from .interrupts import take_every_ctrl_c
 from .store import config_option, use_config
 
@@ -37,7 +38,7 @@ class HandlerFailedError(StateError):
 
 
 @click.command()
-@click.argument("handler", metavar="MODULE:HANDLER")
+@click.argument("handler", metavar="MODULE:HANDLER", shell_complete=paths("file"))
 @click.argument("message", required=False)
 @config_option
 @click.option(

@@ -15,6 +15,7 @@ from ..errors import ContextNotFoundError, StateConfigError, StateConflictError
 from ..registry import read_config
 from ..urls import redact_url
 from . import console, exits
+from .completion import paths
 from .newfiles import NewFile, write_all
 from .store import use_config
 
@@ -31,7 +32,7 @@ _URL_VARIABLE: Final = "VALKEY_URL"
 @click.argument("file", default=CONFIG_NAMES[0], type=click.Path(dir_okay=False))
 @click.option("--storage", type=click.Choice(_BACKENDS), help="Where state is kept.")
 @click.option("--url", metavar="URL", help="The Valkey server.")
-@click.option("--storage-dir", metavar="DIR", help="The folder of the file storage.")
+@click.option("--storage-dir", metavar="DIR", shell_complete=paths("dir"), help="The folder of the file storage.")
 @click.option("--key-prefix", metavar="TEXT", help="What all keys in Valkey begin with.")
 @click.option("--ttl", metavar="SECONDS", help="Seconds after its last write until a conversation expires.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask; what is not given gets its default.")

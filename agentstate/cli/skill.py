@@ -157,7 +157,12 @@ def skill(context: click.Context) -> None:
 @click.option("--storage", type=click.Choice(_BACKENDS), help="Where its state is kept.")
 @click.option("--url", metavar="URL", help="The Valkey server.")
 @click.option(
-    "--directory", default=".", show_default=True, type=click.Path(file_okay=False), help="Where to write the files."
+    "--directory",
+    metavar="DIR",
+    default=".",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Where to write the files.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The names of the files as JSON, for machines.")
 def create(

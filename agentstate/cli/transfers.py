@@ -22,6 +22,7 @@ from ..registry import overridden, storage_names
 from ..storage.base import StateStorage
 from ..transfer import Report, count_contexts, export_contexts, import_contexts, migrate
 from . import console, exits
+from .completion import paths
 from .interrupts import disturbed, undisturbed
 from .store import Place, complete_context_id, settings_option, store_options
 
@@ -181,8 +182,8 @@ def _unpacked(file: Any) -> BinaryIO:
 
 
 @click.command("migrate")
-@click.argument("source", metavar="FROM")
-@click.argument("target", metavar="TO")
+@click.argument("source", metavar="FROM", shell_complete=paths("file"))
+@click.argument("target", metavar="TO", shell_complete=paths("file"))
 @click.option("--from-key-prefix", metavar="TEXT", help="What keys begin with in FROM, if it is Valkey.")
 @click.option("--to-key-prefix", metavar="TEXT", help="What keys begin with in TO, if it is Valkey.")
 @click.option("--from-layout", type=click.Choice(["log", "document"]), help="How FROM stores conversations.")
