@@ -179,7 +179,10 @@ class _Same:
 def _frozen(name: str, value: Any) -> Hashable:
     """`value` as part of a key. Paths are compared by what they lead to from here."""
     if isinstance(value, os.PathLike) or (name == "storage_dir" and isinstance(value, str)):
-        return "path", os.path.realpath(value)
+        try:
+            return "path", os.path.realpath(value)
+        except ValueError:  # no path here: what is wrong with it is for the storage to say
+            return "path", value
     if isinstance(value, Mapping):
         return "mapping", frozenset((key, _frozen("", item)) for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -75,6 +75,11 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["show", ""], exits.USAGE, ["empty"]),
     (["show", "nobody"], exits.NOT_FOUND, ["'nobody'", "conversation_states"]),
     (["show", "x" * 1025], exits.USAGE, ["1,024"]),
+    (["show", "alice", "--follow", "--interval", "nan"], exits.USAGE, ["nan"]),
+    (["show", "alice", "--follow", "--interval", "1e300"], exits.USAGE, ["--interval"]),
+    (["cleanup", "--max-age-hours", "nan"], exits.USAGE, ["nan"]),
+    (["cleanup", "--max-age-hours", "inf"], exits.USAGE, ["inf"]),
+    (["verify", "nobody"], exits.NOT_FOUND, ["'nobody'"]),
     (["clear", "--yes", "nobody"], exits.NOT_FOUND, ["'nobody'"]),
     (["clear", "alice"], exits.USAGE, ["--yes"]),
     (["list", "--storage", "memory"], exits.USAGE, ["memory"]),
@@ -85,11 +90,11 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["list", "-o", "ttl"], exits.USAGE, ["NAME=VALUE"]),
     (["list", "-o", "ttl=-1"], exits.USAGE, ["ttl"]),
     (["list", "-o", "tll=1"], exits.USAGE, ["ttl"]),
-    (["list", "--config", "nothing.yaml"], exits.USAGE, ["nothing.yaml"]),
+    (["list", "--config", "nothing.yaml"], exits.USAGE, ["nothing.yaml: there is no such file"]),
     (["list", "--storage-dir", "file"], exits.UNAVAILABLE, ["file"]),
-    (["list", "--url", "valkey://127.0.0.1:1", "-o", "deadline=0.5"], exits.UNAVAILABLE, ["Valkey"]),
+    (["list", "--url", "valkey://127.0.0.1:1", "-o", "deadline=0.5"], exits.UNAVAILABLE, ["127.0.0.1:1", "refused"]),
     (["export", "file"], exits.REFUSED, ["exists already"]),
-    (["export", "no/folder/x"], exits.PROBLEM, ["no/folder/x"]),
+    (["export", "no/folder/x"], exits.PROBLEM, ["no/folder/x: No such file"]),
     (["export", "--id", "a", "--user", "b"], exits.USAGE, ["--user"]),
     (["export", "--json"], exits.USAGE, ["--json"]),
     (["import", "nothing.jsonl"], exits.NOT_FOUND, ["nothing.jsonl"]),
@@ -308,6 +313,25 @@ def test_commands_options_and_ids_are_completed(some: Path, words: str, expected
     ran = run(cwd=some, _AGENTSTATE_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(len(parts) - 1))
     assert ran.err == ""
     assert [line.partition(",")[2] for line in ran.out.split()] == expected
+
+
+def test_what_a_shell_would_take_for_something_else_is_not_offered(some: Path) -> None:
+    with SyncConversationContext(FileStorage(some / "conversation_states")) as context:
+        for name in (
+            "user:x",
+            "$(touch hacked)",
+            "`touch hacked`",
+            "a b",
+            "*",
+            "-n",
+            "new\nplain,line",
+            "a;b",
+            "~",
+            "世界",
+        ):
+            context.set_variable(name, "x", 1)
+    ran = run(cwd=some, _AGENTSTATE_COMPLETE="bash_complete", COMP_WORDS="agentstate show ")
+    assert ran.out.split("\n") == [f"plain,{name}" for name in ("alice", "bob", "user:x", "世界")] + [""]
 
 
 # --- documentation --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -208,6 +210,37 @@ def test_skill_create_asks_as_agentup_does(tmp_path: Path) -> None:
     assert code == 0, text
     assert "url" in (tmp_path / "agent_config.yaml").read_text()
     assert "@stateful" in (tmp_path / "conversation_memory_assistant.py").read_text()
+
+
+# --- completion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_commands_files_and_ids_with_colons(some: Path) -> None:
+    with SyncConversationContext(FileStorage(some / "conversation_states")) as context:
+        context.set_variable("user:alice", "x", 1)
+    commands = some / "bin"
+    commands.mkdir()
+    (commands / "agentstate").write_text(f'#!/bin/sh\nexec {sys.executable} -m agentstate "$@"\n')
+    (commands / "agentstate").chmod(0o755)
+    variables = environment(PATH=f"{commands}{os.pathsep}{os.environ['PATH']}", PS1="$ ", TERM="dumb")
+    shell = pexpect.spawn("bash", ["--norc", "--noprofile"], cwd=str(some), env=variables, encoding="utf-8", timeout=30)
+    with closing(shell):
+        shell.sendline('eval "$(agentstate completion bash)"; echo ready')
+        shell.expect("\r\nready")
+        for typed, completed in (
+            ("agentstate mig", "migrate "),
+            ("agentstate show al", "alice "),
+            ("agentstate show us", "user:alice "),
+            ("agentstate show user:", "user:alice "),
+            ("agentstate show user:a", "user:alice "),
+            ("agentstate list --sort m", "messages "),
+            ("agentstate list --storage-dir conv", "conversation_states/"),
+            ("agentstate migrate conv", "conversation_states/"),
+        ):
+            shell.send(f"{typed}\t")
+            shell.expect_exact(typed.rpartition(" ")[0] + " " + completed)
+            shell.sendcontrol("u")
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------

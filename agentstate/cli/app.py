@@ -12,12 +12,12 @@ from typing import Any
 import click
 
 from ..errors import StateConfigError, StateError
-from . import chat, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
+from . import chat, completion, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
+from .completion import COMPLETION_VARIABLE
 from .console import fail, help_if_alone, prepare_streams
 from .version import own_version
 
 _NAME = "agentstate"
-_COMPLETION_VARIABLE = "_AGENTSTATE_COMPLETE"
 
 _EXIT_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exits.MEANINGS.items())
 
@@ -64,27 +64,9 @@ class _Warnings(logging.Handler):
         fail(f"warning: {record.getMessage()}")
 
 
-for _module in (contexts, show, stats, transfers, setup, doctor, verify, chat, skill):
+for _module in (contexts, show, stats, transfers, setup, doctor, verify, chat, skill, completion):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
-
-
-@cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the script that completes commands, options and ids of conversations.
-
-    \b
-    Examples:
-      eval "$(agentstate completion bash)"     in ~/.bashrc
-      eval "$(agentstate completion zsh)"      in ~/.zshrc
-      agentstate completion fish > ~/.config/fish/completions/agentstate.fish
-    """
-    from click.shell_completion import get_completion_class
-
-    found = get_completion_class(shell)
-    assert found is not None
-    click.echo(found(cli, {}, _NAME, _COMPLETION_VARIABLE).source())
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -113,10 +95,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    if _COMPLETION_VARIABLE in os.environ:
+    if COMPLETION_VARIABLE in os.environ:
         from click.shell_completion import shell_complete
 
-        return shell_complete(cli, {}, _NAME, _COMPLETION_VARIABLE, os.environ[_COMPLETION_VARIABLE])
+        return shell_complete(cli, {}, _NAME, COMPLETION_VARIABLE, os.environ[COMPLETION_VARIABLE])
     try:
         with cli.make_context(_NAME, list(arguments)) as context:
             result: Any = cli.invoke(context)

@@ -19,6 +19,7 @@ import click
 from ..errors import ContextNotFoundError, StateConfigError, StateError
 from ..keys import check_context_id
 from . import console, exits
+from .completion import paths
 from .interrupts import take_every_ctrl_c
 from .store import config_option, use_config
 
@@ -37,7 +38,7 @@ class HandlerFailedError(StateError):
 
 
 @click.command()
-@click.argument("handler", metavar="MODULE:HANDLER")
+@click.argument("handler", metavar="MODULE:HANDLER", shell_complete=paths("file"))
 @click.argument("message", required=False)
 @config_option
 @click.option(
@@ -231,7 +232,10 @@ def _registered(module: ModuleType, name: str) -> Any:
         return get_handler(name)
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = get_close_matches(name, {*own, *list_handlers()}, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"handlers are {', '.join(list_handlers()) or 'not registered'}"
+    registered = list_handlers()
+    hint = f"registered are {', '.join(registered)}" if registered else "none is registered by @register_handler"
+    if near:
+        hint = f"did you mean {near[0]!r}?"
     raise HandlerMissingError(f"there is no handler {name!r} in {module.__name__}; {hint}")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from ..errors import StateError
 from ..operations import Snapshot, Window
 from ..state import from_microseconds
-from ..storage.base import StateStorage
+from ..storage.base import StateStorage, concerns_one_context
 from ..transfer import pages_of_ids, read_contexts
 
 _GROUP: Final = 200
@@ -28,13 +28,15 @@ class Row(NamedTuple):
 
 
 def rows_of(storage: StateStorage, user_id: str | None = None, *, everything: bool = False) -> Iterator[Row]:
-    """All conversations, in no order; with `everything`, what they hold too."""
+    """All conversations, in no order; with `everything`, what they hold too. StateError: the store is away."""
     what: dict[str, Any] = {"variables": None, "metadata": None, "history": Window()} if everything else {}
     size = _GROUP_OF_WHOLE if everything else _GROUP
     for page in pages_of_ids(storage, user_id):
         for position in range(0, len(page), size):
             group = page[position : position + size]
             for context_id, outcome in zip(group, read_contexts(storage, group, **what), strict=True):
+                if isinstance(outcome, StateError) and not concerns_one_context(outcome):
+                    raise outcome
                 if outcome is not None:  # cleared or expired meanwhile
                     yield Row(context_id, outcome)
 

@@ -15,7 +15,8 @@ from ..errors import ContextNotFoundError, StateConfigError, StateConflictError
 from ..registry import read_config
 from ..urls import redact_url
 from . import console, exits
-from .interrupts import undisturbed
+from .completion import paths
+from .newfiles import NewFile, write_all
 from .store import use_config
 
 _BACKENDS: Final = ("file", "valkey", "memory")
@@ -31,7 +32,7 @@ _URL_VARIABLE: Final = "VALKEY_URL"
 @click.argument("file", default=CONFIG_NAMES[0], type=click.Path(dir_okay=False))
 @click.option("--storage", type=click.Choice(_BACKENDS), help="Where state is kept.")
 @click.option("--url", metavar="URL", help="The Valkey server.")
-@click.option("--storage-dir", metavar="DIR", help="The folder of the file storage.")
+@click.option("--storage-dir", metavar="DIR", shell_complete=paths("dir"), help="The folder of the file storage.")
 @click.option("--key-prefix", metavar="TEXT", help="What all keys in Valkey begin with.")
 @click.option("--ttl", metavar="SECONDS", help="Seconds after its last write until a conversation expires.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask; what is not given gets its default.")
@@ -71,9 +72,7 @@ def init(
     if ask:
         _ask(str(storage), options)
     text = section_text(str(storage), options)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with undisturbed(), open(file, "x", encoding="utf-8") as stream:
-        stream.write(text)
+    write_all([NewFile(Path(file), text)])
     console.line(f"Wrote {file}")
     if "${" + _URL_VARIABLE + "}" in text:
         console.note(f"The URL has a password, which was not written: set {_URL_VARIABLE} in the environment.")

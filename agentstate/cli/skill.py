@@ -6,14 +6,14 @@ import keyword
 import os
 import re
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import click
 
 from ..config import CONFIG_NAMES, CONFIG_VARIABLE
 from ..errors import StateConfigError, StateConflictError
 from . import console, exits
-from .interrupts import undisturbed
+from .newfiles import NewFile, write_all
 from .setup import section_text
 
 _BACKENDS: Final = ("memory", "file", "valkey")
@@ -151,18 +151,18 @@ def skill(context: click.Context) -> None:
     console.help_if_alone(context)
 
 
-class _Written(NamedTuple):
-    path: Path
-    text: str
-
-
 @skill.command("create")
 @click.argument("name", required=False)
 @click.option("--state/--no-state", default=None, help="Whether the handler keeps state.")
 @click.option("--storage", type=click.Choice(_BACKENDS), help="Where its state is kept.")
 @click.option("--url", metavar="URL", help="The Valkey server.")
 @click.option(
-    "--directory", default=".", show_default=True, type=click.Path(file_okay=False), help="Where to write the files."
+    "--directory",
+    metavar="DIR",
+    default=".",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Where to write the files.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The names of the files as JSON, for machines.")
 def create(
@@ -205,7 +205,8 @@ def create(
         url = click.prompt("Valkey URL", default="valkey://localhost:6379", err=True)
     options = {"url": url or "valkey://localhost:6379"} if storage == "valkey" else {}
     files = _files(name.strip(), module, storage if state else None, options, Path(directory))
-    _write_all(files)
+    _refuse_taken(files)
+    write_all(files)
     _show(files, module, state, storage, directory, as_json)
     return exits.OK
 
@@ -241,16 +242,16 @@ def _shadows(module: str) -> bool:
     return module in sys.stdlib_module_names or module in ("agentstate", "pytest", "valkey", "yaml", "click", "rich")
 
 
-def _files(name: str, module: str, storage: str | None, options: dict[str, Any], folder: Path) -> list[_Written]:
+def _files(name: str, module: str, storage: str | None, options: dict[str, Any], folder: Path) -> list[NewFile]:
     """What is to be written. The configuration only where there is none yet."""
     values = {"title": name[:1].upper() + name[1:], "module": module, "text_of": _TEXT_OF}
     source, test = (_STATELESS, _STATELESS_TEST) if storage is None else (_STATEFUL, _STATEFUL_TEST)
     files = [
-        _Written(folder / f"{module}.py", source.format(**values)),
-        _Written(folder / f"test_{module}.py", test.format(**values)),
+        NewFile(folder / f"{module}.py", source.format(**values)),
+        NewFile(folder / f"test_{module}.py", test.format(**values)),
     ]
     if storage is not None and not _configured(folder):
-        files.append(_Written(folder / CONFIG_NAMES[0], section_text(storage, options)))
+        files.append(NewFile(folder / CONFIG_NAMES[0], section_text(storage, options)))
     return files
 
 
@@ -258,28 +259,15 @@ def _configured(folder: Path) -> bool:
     return bool(os.environ.get(CONFIG_VARIABLE)) or any((folder / name).exists() for name in CONFIG_NAMES)
 
 
-def _write_all(files: list[_Written]) -> None:
-    """Write all files, or none."""
+def _refuse_taken(files: list[NewFile]) -> None:
     for path, _ in files:
         if os.path.lexists(path):
             raise StateConflictError(
                 f"{path} exists already, and was left as it is: choose another name or --directory"
             )
-    done: list[Path] = []
-    with undisturbed():
-        try:
-            for path, text in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "x", encoding="utf-8") as file:
-                    done.append(path)
-                    file.write(text)
-        except OSError:
-            for path in done:
-                path.unlink(missing_ok=True)
-            raise
 
 
-def _show(files: list[_Written], module: str, state: bool, storage: str | None, directory: str, as_json: bool) -> None:
+def _show(files: list[NewFile], module: str, state: bool, storage: str | None, directory: str, as_json: bool) -> None:
     if as_json:
         console.json_document(
             {"skill": module, "storage": storage if state else None, "files": [str(f.path) for f in files]}

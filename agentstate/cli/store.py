@@ -12,12 +12,14 @@ from math import isfinite
 from typing import Any, Final, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..config import CONFIG_VARIABLE
 from ..errors import StateConfigError, StateError
 from ..registry import overridden, read_config, shared_context
 from ..storage.base import StateStorage
 from ..urls import redact_url
+from .completion import offered, paths
 
 R = TypeVar("R")
 
@@ -112,7 +114,7 @@ json_option: Final = click.option("--json", "as_json", is_flag=True, help="JSON,
 _STORE_OPTIONS: Final = (
     click.option("--storage", metavar="NAME", help="memory, file, valkey, or the name of a third party's storage."),
     click.option("--url", metavar="URL", help="The Valkey server, like valkey://localhost:6379."),
-    click.option("--storage-dir", metavar="DIR", help="The folder of the file storage."),
+    click.option("--storage-dir", metavar="DIR", shell_complete=paths("dir"), help="The folder of the file storage."),
     click.option("--key-prefix", metavar="TEXT", help="What all keys in Valkey begin with."),
     click.option("--layout", type=click.Choice(["log", "document"]), help="How conversations are stored."),
     settings_option("-o", "--option", "settings", help="Any other option of the storage, like ttl=3600."),
@@ -161,7 +163,9 @@ def chosen_place(chosen: dict[str, Any]) -> Place:
     return Place(backend, merged)
 
 
-def complete_context_id(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+def complete_context_id(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
     """Ids of conversations for the shell's completion, as far as they can be had at once."""
     from ..operations import Listing
 
@@ -171,4 +175,4 @@ def complete_context_id(context: click.Context, parameter: click.Parameter, inco
             page: Any = storage.call(Listing(size=1000))
     except (StateError, click.ClickException, OSError):
         return []  # completion has nowhere to say what is wrong; the command itself will
-    return sorted(context_id for context_id in page.context_ids if context_id.startswith(incomplete))
+    return offered(list(page.context_ids), incomplete)

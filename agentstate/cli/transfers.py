@@ -22,6 +22,7 @@ from ..registry import overridden, storage_names
 from ..storage.base import StateStorage
 from ..transfer import Report, count_contexts, export_contexts, import_contexts, migrate
 from . import console, exits
+from .completion import paths
 from .interrupts import disturbed, undisturbed
 from .store import Place, complete_context_id, settings_option, store_options
 
@@ -89,12 +90,10 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
     unfinished = f"{path}.{os.getpid()}.part"
     with undisturbed():
         try:
-            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            error.filename = path  # the name that was asked for
-            raise
-        try:
-            with open(descriptor, "wb") as raw, _compressed(raw, compress) as file:
+            with (
+                open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as raw,
+                _compressed(raw, compress) as file,
+            ):
                 with disturbed():
                     yield file
                 if file is not raw:
@@ -105,6 +104,10 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
                 os.replace(unfinished, path)
             else:
                 _rename_to_new(unfinished, path)
+        except OSError as error:
+            if not isinstance(error, StateError) and error.filename in (None, unfinished):
+                error.filename = path  # the name that was asked for; a full disk is told without one
+            raise
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
@@ -179,8 +182,8 @@ def _unpacked(file: Any) -> BinaryIO:
 
 
 @click.command("migrate")
-@click.argument("source", metavar="FROM")
-@click.argument("target", metavar="TO")
+@click.argument("source", metavar="FROM", shell_complete=paths("file"))
+@click.argument("target", metavar="TO", shell_complete=paths("file"))
 @click.option("--from-key-prefix", metavar="TEXT", help="What keys begin with in FROM, if it is Valkey.")
 @click.option("--to-key-prefix", metavar="TEXT", help="What keys begin with in TO, if it is Valkey.")
 @click.option("--from-layout", type=click.Choice(["log", "document"]), help="How FROM stores conversations.")

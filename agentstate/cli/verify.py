@@ -12,7 +12,7 @@ from .. import codec
 from ..errors import StateError
 from ..keys import check_context_id
 from ..operations import Snapshot, Window
-from ..storage.base import StateStorage
+from ..storage.base import StateStorage, concerns_one_context
 from ..transfer import count_contexts, pages_of_ids, read_contexts
 from . import console, exits
 from .store import Place, complete_context_id, json_option, store_options
@@ -128,7 +128,7 @@ def _reason(storage: StateStorage, context_id: str, seen: _Seen) -> str | None:
         everything = {"variables": None, "metadata": None} if position is None else {}
         found = read_contexts(storage, [context_id], history=window, **everything)[0]
         if isinstance(found, StateError):
-            if exits.code_of(found) == exits.UNAVAILABLE:
+            if not concerns_one_context(found):
                 raise found
             return str(found)
         if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -29,6 +30,9 @@ Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
 
 _dispatcher_lock = threading.Lock()
 _alive: Final[weakref.WeakSet[StateStorage]] = weakref.WeakSet()
+
+
+_OF_ONE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
 
 
 class StateStorage(ABC):
@@ -186,6 +190,19 @@ def check_deadline(operation: Operation) -> None:
             "the deadline passed before the operation was attempted; nothing was done",
             context_id=getattr(operation, "context_id", None),
         )
+
+
+def concerns_one_context(error: StateError) -> bool:
+    """Whether the store can be reached, and only what it keeps of this context cannot be read.
+
+    So it is with a file that is another user's, is a link, or is none: a folder, a FIFO, a socket.
+    """
+    if not isinstance(error, StateUnavailableError):
+        return not isinstance(error, StateTimeoutError)
+    cause = error.__cause__
+    while isinstance(cause, StateError):  # several operations may have failed by one error
+        cause = cause.__cause__
+    return isinstance(cause, OSError) and cause.errno in _OF_ONE_FILE
 
 
 def positive_seconds(option: str, value: Any) -> float:

@@ -21,10 +21,16 @@ from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 from zlib import crc32
 
 from ..codec import MAX_DEPTH, decode
-from ..errors import StateConflictError, StateCorruptedError, StateError, StateOutcomeUnknownError
+from ..errors import (
+    StateConflictError,
+    StateCorruptedError,
+    StateError,
+    StateOutcomeUnknownError,
+    StateUnavailableError,
+)
 from ..operations import REMEMBER_CLEARED, Commit, Lease, Listing, Operation, Outcome, Page, Query
 from ..state import from_microseconds, parse_time, to_microseconds
-from .base import Settle, StateStorage, check_deadline, now_microseconds
+from .base import Settle, StateStorage, check_deadline, concerns_one_context, now_microseconds
 from .resolve import Effects, Image, check_owner, resolve
 
 T = TypeVar("T")
@@ -132,12 +138,14 @@ class DocumentStorage(StateStorage):
 
     def _listed(self, context_id: str, listing: Listing) -> bool:
         check_deadline(listing)
-        data = self._read_bytes(context_id, listing.deadline)
-        if data is None:  # removed meanwhile
-            return False
         try:
+            data = self._read_bytes(context_id, listing.deadline)
+            if data is None:  # removed meanwhile
+                return False
             document = parse_document(data, context_id)
-        except (StateCorruptedError, StateConflictError) as error:
+        except (StateCorruptedError, StateConflictError, StateUnavailableError) as error:
+            if not concerns_one_context(error):
+                raise
             # It is there, so it is listed; but whose it is and how old, nobody can say.
             if listing.user is None and listing.idle_for is None:
                 return True

@@ -187,9 +187,3 @@ def unavailable(error: OSError, doing: str, path: str, context_id: str | None = 
     advice = _ADVICE.get(error.errno or 0)
     message = f"could not {doing} {path}: {reason}" + (f" ({advice})" if advice else "")
     return StateUnavailableError(f"{message}; nothing was done", context_id=context_id)
-
-
-def concerns_one_file(error: StateUnavailableError) -> bool:
-    """Whether an error says something about a file alone, and nothing about the folder, the disk or this process."""
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.ELOOP)

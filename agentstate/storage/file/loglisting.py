@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ...errors import StateConflictError, StateCorruptedError, StateError, StateUnavailableError
 from ...operations import Listing, Page
-from ..base import check_deadline, now_microseconds
+from ..base import check_deadline, concerns_one_context, now_microseconds
 from ..resolve import Image
 from .documentfile import DOCUMENT, context_of_document, is_log_there
-from .filesystem import NEW, concerns_one_file
+from .filesystem import NEW
 from .folder import NamePages
 from .logfile import SUFFIX, context_of_log, log_file
 from .logimage import LogImage
@@ -52,7 +52,7 @@ class LogListing:
                 finally:
                     log.reader.close()
         except (StateCorruptedError, StateConflictError, StateUnavailableError) as error:
-            if isinstance(error, StateUnavailableError) and not concerns_one_file(error):
+            if not concerns_one_context(error):
                 raise
             # It is there, so it is listed; but whose it is and how old, nobody can say.
             if listing.user is None and listing.idle_for is None and error.context_id is not None:

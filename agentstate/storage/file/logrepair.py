@@ -14,8 +14,9 @@ from ...errors import (
     StateOutcomeUnknownError,
     StateUnavailableError,
 )
+from ..base import concerns_one_context
 from .documentfile import DOCUMENT, context_of_document
-from .filesystem import concerns_one_file, unavailable, write_whole
+from .filesystem import unavailable, write_whole
 from .folder import Folder, NamePages
 from .leftbehind import LeftDocument
 from .logfile import SUFFIX, LogFile, context_of_log, log_file
@@ -25,6 +26,8 @@ from .logreader import LogReader
 
 DAMAGED: Final = ".damaged"
 """What is appended to the name of a damaged log once its intact part has taken its place."""
+
+NO_PART: Final = "a document is intact as a whole or not at all: mend {} by hand"
 
 _PIECE: Final = 1 << 20
 _PAGE: Final = 500
@@ -66,7 +69,7 @@ def problems(folder: Folder) -> Iterator[Problem]:
                     context_id = context_of_log(folder, name[: -len(SUFFIX)])
                     reason = None if context_id is None else examine(log_file(folder, context_id))
             except (StateCorruptedError, StateUnavailableError) as error:
-                if isinstance(error, StateUnavailableError) and not concerns_one_file(error):
+                if not concerns_one_context(error):
                     raise
                 reason = str(error)
             if reason is not None:
@@ -137,7 +140,8 @@ def repair(log: LogFile) -> Repair:
 
     What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
     wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError; StateConflictError where
-    it is not the log that is wrong; StateOutcomeUnknownError where it may not survive a power cut.
+    it is not the log that is wrong, StateCorruptedError where it is a document, which has no parts;
+    StateOutcomeUnknownError where it may not survive a power cut.
     """
     if _damage_of(log) is None:
         image = log.current
@@ -146,7 +150,10 @@ def repair(log: LogFile) -> Repair:
         _flush_names(log)  # perhaps of a repair that did not get that far
         return Repair(log.context_id, image.end - image.start, 0, None)
     try:
-        log.reader.open()
+        try:
+            log.reader.open()
+        except FileNotFoundError as error:  # so what is damaged is a document
+            raise StateCorruptedError(NO_PART.format(log.left.path), context_id=log.context_id) from error
         data = b"".join(_all_of(log.reader))
         original = _name_beside(log, data)
         write_whole(log.folder.fs, original, (data,))

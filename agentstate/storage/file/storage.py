@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateCorruptedError, StateError
+from ...keys import document_stem
 from ...operations import Operation
 from ..base import Settle, StateStorage, one_of, positive_integer
 from .access import Access
@@ -110,10 +111,10 @@ class FileStorage(StateStorage):
         could be told to be intact.
         """
         if not isinstance(self._layout, LogLayout):
-            raise StateCorruptedError(
-                f"a document is intact as a whole or not at all: mend {self._folder.file(context_id)}.json by hand",
-                context_id=context_id,
-            )
+            from .logrepair import NO_PART
+
+            path = self._folder.file(document_stem(context_id) + ".json")
+            raise StateCorruptedError(NO_PART.format(path), context_id=context_id)
         return self._layout.repair(context_id, time.monotonic() + self.deadline)
 
     def close(self) -> None:
