@@ -12,7 +12,7 @@ from servers import ValkeyServer
 from stores import many, restore
 
 from agentstate.cli import exits
-from agentstate.cli.verify import _damaged
+from agentstate.cli.verify import _damaged, _Seen
 from agentstate.context import SyncConversationContext
 from agentstate.operations import Snapshot
 from agentstate.storage.file import FileStorage
@@ -98,6 +98,6 @@ def test_a_history_that_somebody_else_cut_is_found_on_a_server(
 def test_values_that_are_no_json_are_found(change: dict[str, Any], reason: str) -> None:
     storage = InMemoryStorage()
     restore(storage, "a", Snapshot(None, 1, 1, 1, 0, 0, {}, {}, 0, ())._replace(**change))
-    assert [damage.reason for damage in _damaged(storage, [], [0, 0])] == [
+    assert [damage.reason for damage in _damaged(storage, [], _Seen())] == [
         f"the {reason}".replace("the message", "message")
     ]
