@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 import pytest
 import valkey
+from hypothesis import HealthCheck, settings
 from servers import (
     VERSIONS,
     ValkeyCluster,
@@ -26,6 +27,11 @@ from tls import CertificateAuthority, TlsProxy
 GIVEN_URL = os.environ.get("AGENTSTATE_TEST_VALKEY_URL")
 SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
 PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
+
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("tests", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
@@ -133,13 +139,21 @@ def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthori
 EXHAUSTIVE = (
     "tests/torture/",
     "tests/test_cli",
+    "tests/test_config_hostile.py",
     "tests/test_contract.py::TestFileDocument",
     "tests/test_contract.py::TestFileLogExclusive",
     "tests/test_contract.py::TestFileLogUnflushed",
     "tests/test_contract.py::TestValkeyDocument",
+    "tests/test_docs.py",
+    "tests/test_document.py",
     "tests/test_file_faults.py",
+    "tests/test_file_format.py",
+    "tests/test_file_model.py",
+    "tests/test_servers.py",
+    "tests/test_third_party.py",
     "tests/test_transfer",
     "tests/test_valkey_faults.py",
+    "tests/test_valkey_model.py",
     "tests/test_valkey_topology.py",
 )
 

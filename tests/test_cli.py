@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -228,7 +227,6 @@ class TestTheWorldOutside:
             assert process.stdout is not None
             assert process.stderr is not None
             until(lambda: "tea" in process.stdout.readline())  # type: ignore[union-attr]
-            time.sleep(0.2)
             process.send_signal(number)
             assert process.wait(10) == code
             assert process.stderr.read() == ""

@@ -8,6 +8,7 @@ import pytest
 from commands import assert_one_line, run
 
 from agentstate.cli import exits
+from agentstate.cli.chat import Task
 
 HANDLERS = """
 import asyncio
@@ -151,3 +152,23 @@ def test_bytes_that_are_no_text_do_not_end_the_conversation(here: Path) -> None:
 def test_a_bad_context_id_is_refused(here: Path, context_id: str) -> None:
     ran = run("chat", "agent.handlers:blocking", "hi", "--context-id", context_id, cwd=here)
     assert_one_line(ran, exits.USAGE, "context id")
+
+
+def test_a_task_is_an_object_and_a_mapping() -> None:
+    task = Task(id="1", metadata={})
+    assert (task["id"], task.id, task.get("id"), task.get("text", "none")) == ("1", "1", "1", "none")
+    assert "metadata" in task
+    assert "text" not in task
+    assert 1 not in task
+    with pytest.raises(KeyError):
+        task["text"]
+
+
+def test_an_error_of_ours_in_a_module_is_told_as_it_is(here: Path) -> None:
+    (here / "wrong.py").write_text("from agentstate import FileStorage\nFileStorage(fsync='often')\n")
+    assert_one_line(run("chat", "wrong.py:bot", "hello", cwd=here), exits.USAGE, "fsync is one of")
+
+
+def test_a_file_that_is_no_python_is_told_so(here: Path) -> None:
+    (here / "bot.txt").write_text("bot = print")
+    assert_one_line(run("chat", "./bot.txt:bot", "hello", cwd=here), exits.USAGE, "no Python file")

@@ -324,3 +324,18 @@ def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
     assert "\nquery\t3\t" in text
     assert "\ntried again\t0\n" in text
     assert "other processes" in store.run("stats", "--help").out
+
+
+def test_clear_and_cleanup_tell_machines_what_they_did(files: Store) -> None:
+    files.context.set_variable("alice", "x", 1)
+    files.context.set_variable("bob", "x", 1)
+    idle = files.run("cleanup", "--dry-run", "--max-age-hours", "0", "--json")
+    assert [row["context_id"] for row in idle.json_lines] == ["alice", "bob"]
+    assert idle.err == ""
+    cleared = files.run("clear", "--yes", "alice", "carol", "--json")
+    assert cleared.code == exits.NOT_FOUND
+    assert cleared.json_lines == [
+        {"context_id": "alice", "cleared": True},
+        {"context_id": "carol", "cleared": False},
+    ]
+    assert files.run("cleanup", "--max-age-hours", "0", "--json").json == {"deleted": 1}

@@ -291,3 +291,17 @@ def test_without_colours_it_is_lines_of_fields(tmp_path: Path) -> None:
     assert all(len(row) == 4 for row in ran.rows[:-2])
     assert ran.out.endswith("Everything is fine.\n")
     shutil.rmtree(tmp_path / "conversation_states")
+
+
+def test_a_folder_inside_of_others_that_are_not_there_is_made_later(tmp_path: Path) -> None:
+    ran = run("doctor", "--read-only", "--storage-dir", "a/b/c", cwd=tmp_path)
+    assert ran.code == exits.OK
+    assert "is not there yet" in ran.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_is_told(tmp_path: Path) -> None:
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        context.set_variable("alice", "x", 1)
+    (tmp_path / "conversation_states" / "bob.jsonl.new").write_bytes(b"")
+    assert "1 unfinished files of killed processes" in run("doctor", "--read-only", cwd=tmp_path).out

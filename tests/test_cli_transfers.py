@@ -133,20 +133,29 @@ def test_differences_are_refused_or_replaced(here: Path) -> None:
         assert context.get_variables("owned") == {}
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that it takes a while to read."""
+    folder = tmp_path_factory.mktemp("large") / "conversation_states"
+    with closing(FileStorage(folder, fsync="no")) as storage:
+        many(storage, 4000)
+    return folder
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_export_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
-    with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
-        many(storage, 4000)
-    with started("export", "x.jsonl.gz", cwd=tmp_path) as process:
-        until(lambda: any("part" in path.name for path in tmp_path.iterdir()))
-        time.sleep(0.05)
-        process.send_signal(number)
-        code = process.wait(20)
-        assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
-    assert code in (exits.INTERRUPTED, exits.TERMINATED)
-    assert [path.name for path in tmp_path.iterdir()] == ["conversation_states"]
+def test_an_interrupted_export_leaves_no_file(tmp_path: Path, large: Path, number: signal.Signals) -> None:
+    code = exits.OK
+    while code == exits.OK:  # on a busy machine the signal may come after the end
+        (tmp_path / "x.jsonl.gz").unlink(missing_ok=True)
+        with started("export", "x.jsonl.gz", "--storage-dir", large, cwd=tmp_path) as process:
+            until(lambda: process.poll() is not None or any(tmp_path.iterdir()))
+            process.send_signal(number)
+            code = process.wait(60)
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+    assert code == (exits.INTERRUPTED if number == signal.SIGINT else exits.TERMINATED)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- migrate --------------------------------------------------------------------------------------------------------
@@ -236,9 +245,9 @@ def test_a_migration_that_is_killed_again_and_again_ends_complete(
     tmp_path: Path, to: str, valkey_9: ValkeyServer, key_prefix: str
 ) -> None:
     with closing(FileStorage(tmp_path / "old", fsync="no")) as storage:
-        many(storage, 1500)
+        many(storage, 900)
         context = SyncConversationContext(storage)
-        for _ in range(300):
+        for _ in range(60):
             context.extend_history("long", [{"role": "user", "content": "x" * 50}] * 100)
     target = ["new"] if to == "file" else [valkey_9.url, "--to-key-prefix", key_prefix]
     new = FileStorage(tmp_path / "new") if to == "file" else ValkeyStorage(valkey_9.url, key_prefix=key_prefix)
@@ -254,10 +263,10 @@ def test_a_migration_that_is_killed_again_and_again_ends_complete(
                 break
     assert kills
     ran = run("migrate", "old", *target, "--json", cwd=tmp_path)
-    assert (ran.code, ran.json["copied"] + ran.json["unchanged"]) == (0, 1501)
+    assert (ran.code, ran.json["copied"] + ran.json["unchanged"]) == (0, 901)
     with closing(FileStorage(tmp_path / "old")) as old:
-        assert count_contexts(new) == 1501
-        for name in ("long", "c000000", "c001499"):
+        assert count_contexts(new) == 901
+        for name in ("long", "c000000", "c000899"):
             assert comparable(whole(new, name)) == comparable(whole(old, name))
     new.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -266,3 +267,37 @@ def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> 
     eventually(lambda: len(done) and not storage.dispatcher._workers)
     storage.dispatcher.submit((append("a", 1),), done.of("a"))
     eventually(lambda: len(done) == 2)
+
+
+def test_an_interrupt_while_the_storage_is_taken_leaves_it_usable() -> None:
+    """Interrupts come where Python looks for signals: when a function begins, and after it has returned."""
+    interrupted = True
+    moments = 0
+    while interrupted:
+        moments += 1
+        left = moments
+        interrupted = False
+        storage = InMemoryStorage()
+
+        def watch(frame: Any, event: str, argument: Any) -> None:
+            nonlocal left, interrupted
+            if frame.f_code.co_name == "execute":
+                sys.setprofile(None)
+            elif frame.f_code.co_name == "perform" and event == "c_return":
+                left -= 1
+                if not left:
+                    interrupted = True
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(watch)
+        try:
+            storage.dispatcher.perform([append("a", 1)])
+        except KeyboardInterrupt:
+            assert interrupted
+        finally:
+            sys.setprofile(None)
+        assert storage.dispatcher.wait_until_empty(0)
+        for number in range(10):  # more than could be under way at a time
+            assert storage.dispatcher.perform([append("a", number)])
+    assert moments > 3

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from agentstate.errors import (
     StateUnavailableError,
 )
 from agentstate.operations import (
+    NEVER,
     Append,
     Create,
     Delete,
@@ -582,3 +584,27 @@ def test_whichever_call_fails_the_store_is_as_before_or_as_after(tmp_path: Path,
         shutil.rmtree(folder)
         nth += 1
     assert nth > 3
+
+
+@pytest.mark.parametrize("options", [{}, {"fsync": "everysec"}, {"layout": "document"}])
+def test_closing_leaves_to_a_thread_what_that_does_not_end(tmp_path: Path, options: dict[str, Any]) -> None:
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def around(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if name == "write" and threading.current_thread() is not threading.main_thread():
+            stuck.set()
+            assert go_on.wait(60)
+        return call(*arguments)
+
+    storage = FileStorage(tmp_path, file_system=Between(around), deadline=0.2, **options)
+    storage.call(append("alice", "before"))
+    late = append("alice", "late", deadline=NEVER)
+    thread = threading.Thread(target=storage.execute, args=([late], lambda *_: None))
+    thread.start()
+    assert stuck.wait(60)
+    storage.close()
+    with pytest.raises(StateUnavailableError, match="closed"):
+        storage.call(append("alice", "after"))
+    go_on.set()
+    thread.join()
+    assert texts(FileStorage(tmp_path, layout=options.get("layout", "log")), "alice") == ["before", "late"]
