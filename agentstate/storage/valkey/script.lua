@@ -34,10 +34,140 @@ end
 -- A call from the far future was stamped before the clock was set back: its commits would be forgotten too early.
 local late = now > not_after or not_after > now + WINDOW
 local wrote = false -- whether the operation at hand has written something
-local carry_out -- what `general` has made
-
--- What is not of the most frequent kind. Makes a function that carries out any operation, and answers as pcall does.
-local function general()
+local codes, results, m = {}, { '' }, 1
+local a, k, i, last = 2, 1, 0, #args
+local usual = not late and earlier == 0
+local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
+local carry_out -- carries out any operation, and answers as pcall does; made below when it is needed
+repeat
+while a <= last do
+  local shape = args[a]
+  local high, middle, low, kind = string.byte(shape, 1, 4)
+  local fine, code, detail = true
+  wrote = false
+  if unfinished and unfinished[keys[k]] then
+    code = 'z'
+  elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
+    -- The most frequent commits: messages for a context that exists, and keys set. Here and below: where anything is
+    -- unusual it leaves no trace, and the general case decides.
+    local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
+    local revision, start, stop = tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
+    if stored[1] == args[a + 1] and revision and start and stop and (stored[2] or '~') < now_text and (stored[7] or '~') < now_text
+      and (revision + 1) % REMEMBERED ~= 0 and (ttl > 0 or stored[6] == '')
+      and type(attempt('RPUSH', keys[k + 2], args[a + 2])) == 'number' then
+      local parts, n, length = #shape, 0, nil
+      if parts == 5 then
+        if shape == '\0\0\3CA' then
+          n, length = 1, attempt('RPUSH', keys[k + 1], args[a + 3])
+        end
+      else
+        local fresh, j = {}, a + 3
+        for part = 5, parts do
+          if string.byte(shape, part) == 65 then
+            n = n + 1
+            fresh[n] = args[j]
+            j = j + 1
+          else
+            j = j + 2
+          end
+        end
+        if n > 0 then
+          length = attempt('RPUSH', keys[k + 1], unpack(fresh))
+        end
+      end
+      if n > 0 and length ~= stop - start + n then
+        call('RPOP', keys[k + 2])
+        if type(length) == 'number' then
+          call('RPOP', keys[k + 1], n)
+        end
+      else
+        code = 'k'
+        if parts == 5 and ttl == 0 then
+          if n == 1 then
+            call('HSET', state, 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
+          else
+            call('HSET', state, 'updated', now_text, 'rev', revision + 1, args[a + 3], args[a + 4])
+          end
+        else
+          local set, size, j = { 'updated', now_text, 'rev', revision + 1, 'end', stop + n }, 6, a + 3
+          for part = 5, parts do
+            if string.byte(shape, part) == 65 then
+              j = j + 1
+            else
+              set[size + 1], set[size + 2] = args[j], args[j + 1]
+              size, j = size + 2, j + 2
+            end
+          end
+          if ttl > 0 then
+            set[size + 1], set[size + 2] = 'exp', string.format('%.0f', now + ttl)
+          end
+          call('HSET', state, unpack(set))
+          if ttl > 0 then
+            local expire = math.floor((now + ttl + 999) / 1000)
+            call('PEXPIREAT', state, expire)
+            call('PEXPIREAT', keys[k + 1], expire)
+            call('PEXPIREAT', keys[k + 2], math.max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
+          end
+        end
+      end
+    end
+  end
+  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd') then
+    -- A number added to a variable; a key dropped.
+    local state, field = keys[k], args[a + 3]
+    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', field)
+    local revision, value, answer = tonumber(stored[3]), stored[6], nil
+    if kind == 67 and string.byte(shape, 5) == 100 then
+      answer = value and 'true' or 'false'
+    else
+      local before, by = value or '0', args[a + 4]
+      if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
+        answer = string.format('%.0f', before + by)
+      end
+    end
+    if answer and stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
+      and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
+      local companion = '\n' .. now_text .. '\n' .. answer
+      if type(attempt('RPUSH', keys[k + 2], args[a + 2], companion)) == 'number' then
+        code, detail = 'a', answer
+        if answer == 'true' then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+          call('HDEL', state, field)
+        elseif answer == 'false' then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+        else
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, answer)
+        end
+      end
+    end
+  end
+  if not code then
+    if not carry_out then
+      break
+    end
+    fine, code, detail = carry_out(kind, shape, a + 1, k)
+    if not fine then
+      detail = type(code) == 'table' and code.err or tostring(code)
+      code = wrote and 'E' or 'e'
+      if not wrote and (kind == 67 or kind == 70) then
+        fine, code, detail = carry_out(0, detail, a + 1, k)
+      end
+    end
+    if string.find('deLuz', code, 1, true) then
+      unfinished = unfinished or {}
+      unfinished[keys[k]] = true
+    end
+  end
+  i = i + 1
+  codes[i] = code
+  if detail then
+    m = m + 1
+    results[m] = detail
+  end
+  a = a + 1 + high * 65536 + middle * 256 + low
+  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
+end
+if a <= last then -- What is not of the most frequent kinds.
 local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
 local floor, concat = math.floor, table.concat
 local repeated = true -- whether the id of the commit at hand may be among those remembered
@@ -802,7 +932,7 @@ local function query(shape, a, k)
   return 'S', { stored, first, messages, everything or call('HGETALL', state) }
 end
 
-return function(kind, shape, a, k)
+carry_out = function(kind, shape, a, k)
   if kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
     return pcall(commit, shape, a, k)
   elseif kind == 81 then -- Q
@@ -815,135 +945,6 @@ return function(kind, shape, a, k)
   return pcall(kind == 76 and rare.lease or rare.convert, shape, a, k)
 end
 end
-
-local codes, results, m = {}, { '' }, 1
-local a, k, i, last = 2, 1, 0, #args
-local usual = not late and earlier == 0
-local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
-while a <= last do
-  local shape = args[a]
-  local high, middle, low, kind = string.byte(shape, 1, 4)
-  local fine, code, detail = true
-  wrote = false
-  if unfinished and unfinished[keys[k]] then
-    code = 'z'
-  elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
-    -- The most frequent commits: messages for a context that exists, and keys set. Here and below: where anything is
-    -- unusual it leaves no trace, and the general case decides.
-    local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
-    local revision, start, stop = tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
-    if stored[1] == args[a + 1] and revision and start and stop and (stored[2] or '~') < now_text and (stored[7] or '~') < now_text
-      and (revision + 1) % REMEMBERED ~= 0 and (ttl > 0 or stored[6] == '')
-      and type(attempt('RPUSH', keys[k + 2], args[a + 2])) == 'number' then
-      local parts, n, length = #shape, 0, nil
-      if parts == 5 then
-        if shape == '\0\0\3CA' then
-          n, length = 1, attempt('RPUSH', keys[k + 1], args[a + 3])
-        end
-      else
-        local fresh, j = {}, a + 3
-        for part = 5, parts do
-          if string.byte(shape, part) == 65 then
-            n = n + 1
-            fresh[n] = args[j]
-            j = j + 1
-          else
-            j = j + 2
-          end
-        end
-        if n > 0 then
-          length = attempt('RPUSH', keys[k + 1], unpack(fresh))
-        end
-      end
-      if n > 0 and length ~= stop - start + n then
-        call('RPOP', keys[k + 2])
-        if type(length) == 'number' then
-          call('RPOP', keys[k + 1], n)
-        end
-      else
-        code = 'k'
-        if parts == 5 and ttl == 0 then
-          if n == 1 then
-            call('HSET', state, 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
-          else
-            call('HSET', state, 'updated', now_text, 'rev', revision + 1, args[a + 3], args[a + 4])
-          end
-        else
-          local set, size, j = { 'updated', now_text, 'rev', revision + 1, 'end', stop + n }, 6, a + 3
-          for part = 5, parts do
-            if string.byte(shape, part) == 65 then
-              j = j + 1
-            else
-              set[size + 1], set[size + 2] = args[j], args[j + 1]
-              size, j = size + 2, j + 2
-            end
-          end
-          if ttl > 0 then
-            set[size + 1], set[size + 2] = 'exp', string.format('%.0f', now + ttl)
-          end
-          call('HSET', state, unpack(set))
-          if ttl > 0 then
-            local expire = math.floor((now + ttl + 999) / 1000)
-            call('PEXPIREAT', state, expire)
-            call('PEXPIREAT', keys[k + 1], expire)
-            call('PEXPIREAT', keys[k + 2], math.max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
-          end
-        end
-      end
-    end
-  end
-  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd') then
-    -- A number added to a variable; a key dropped.
-    local state, field = keys[k], args[a + 3]
-    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', field)
-    local revision, value, answer = tonumber(stored[3]), stored[6], nil
-    if kind == 67 and string.byte(shape, 5) == 100 then
-      answer = value and 'true' or 'false'
-    else
-      local before, by = value or '0', args[a + 4]
-      if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
-        answer = string.format('%.0f', before + by)
-      end
-    end
-    if answer and stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
-      and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
-      local companion = '\n' .. now_text .. '\n' .. answer
-      if type(attempt('RPUSH', keys[k + 2], args[a + 2], companion)) == 'number' then
-        code, detail = 'a', answer
-        if answer == 'true' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
-          call('HDEL', state, field)
-        elseif answer == 'false' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
-        else
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, answer)
-        end
-      end
-    end
-  end
-  if not code then
-    carry_out = carry_out or general()
-    fine, code, detail = carry_out(kind, shape, a + 1, k)
-    if not fine then
-      detail = type(code) == 'table' and code.err or tostring(code)
-      code = wrote and 'E' or 'e'
-      if not wrote and (kind == 67 or kind == 70) then
-        fine, code, detail = carry_out(0, detail, a + 1, k)
-      end
-    end
-    if string.find('deLuz', code, 1, true) then
-      unfinished = unfinished or {}
-      unfinished[keys[k]] = true
-    end
-  end
-  i = i + 1
-  codes[i] = code
-  if detail then
-    m = m + 1
-    results[m] = detail
-  end
-  a = a + 1 + high * 65536 + middle * 256 + low
-  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
-end
+until a > last
 results[1] = now_text .. table.concat(codes)
 return results
