@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
@@ -113,10 +113,13 @@ class Dispatcher:
                 self._execute(operations, outcomes, outcomes.__setitem__)
         finally:
             if free:
-                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
                 with self._lock:
+                    # First of all, and by no call: a second interrupt would leave the key busy for ever.
+                    self._groups -= 1
+                    self._busy.discard(key)
                     self._free(key)
                     self._end_group()
+                self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
         return outcomes if free else self._wait_for(operations)
 
     def _wait_for(self, operations: Sequence[Operation]) -> Outcomes:
@@ -134,13 +137,14 @@ class Dispatcher:
     def submit(self, operations: Sequence[Operation], done: Done) -> Job:
         """Queue operations on one context; `done` will be called from another thread."""
         job = _CallBack(operations, done)
-        self.submit_jobs((job,))
+        self.submit_jobs([job])
         return job
 
-    def submit_jobs(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs in this order."""
+    def submit_jobs(self, jobs: list[Job]) -> None:
+        """Queue jobs in this order, and empty the list: what is left in it after a KeyboardInterrupt is not queued."""
         with self._lock:
             self._queue += jobs
+            jobs.clear()
             self._wake_a_worker()
 
     def withdraw(self, job: Job) -> bool:
@@ -222,7 +226,6 @@ class Dispatcher:
             self._wake_a_worker()
 
     def _end_group(self) -> None:
-        self._groups -= 1
         if self._queue:
             self._wake_a_worker()
         elif self._draining and not self._busy:
@@ -248,6 +251,7 @@ class Dispatcher:
                     self._execute(together.operations, together.outcomes, together.settle)
                 finally:
                     with self._lock:
+                        self._groups -= 1
                         self._jobs -= len(group)
                         self._end_group()
 
