@@ -243,8 +243,9 @@ class _Wait(Job):
         try:
             yield self
         except asyncio.CancelledError as cancelled:
-            # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over.
-            if not self._dispatcher.withdraw(self):
+            # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over,
+            # if no handler of a signal has raised in between.
+            if not self._port.take_back(self._dispatcher, self) and not self._dispatcher.withdraw(self):
                 # Waits on, however often the task is cancelled. The deadlines of the operations bound the wait.
                 while self.left:
                     self._asyncio_future_blocking = True
@@ -307,10 +308,30 @@ class _Port:
             asyncio.get_running_loop().call_soon(self._send_all)
         outbox[dispatcher] = [job]
 
+    def take_back(self, dispatcher: Dispatcher, job: _Wait) -> bool:
+        """For a job that is cancelled: whether it is still here.
+
+        KeyboardInterrupt and SystemExit, raised by the handler of a signal while the loop is about to make a callback,
+        make it forget that one. It may have been `_send_all`, or `_open_inbox`: the next job that is done has to wake
+        the loop again.
+        """
+        self._woken = False
+        jobs = self._outbox.get(dispatcher, ())
+        if job not in jobs:
+            return False
+        del self._outbox[dispatcher]
+        dispatcher.submit_jobs([other for other in jobs if other is not job])
+        return True
+
     def _send_all(self) -> None:
         outbox, self._outbox = self._outbox, {}
-        for dispatcher, jobs in outbox.items():
-            dispatcher.submit_jobs(jobs)
+        try:
+            for dispatcher, jobs in outbox.items():
+                dispatcher.submit_jobs(jobs)
+        except BaseException:  # KeyboardInterrupt, SystemExit: without this, tasks would wait for ever
+            for dispatcher, jobs in outbox.items():
+                dispatcher.submit_jobs(jobs)
+            raise
 
     def wake(self) -> None:
         """Called by worker threads when they have put jobs into the inbox. Wakes the loop once while it is busy."""
@@ -329,9 +350,10 @@ class _Port:
         inbox = self.inbox
         try:
             while inbox:
-                inbox.popleft().go_on()
+                inbox[0].go_on()
+                inbox.popleft()
         finally:
-            if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit)
+            if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
                 self.wake()
 
 

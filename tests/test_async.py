@@ -20,8 +20,10 @@ from agentstate import (
     StateTimeoutError,
     StateUnavailableError,
 )
+from agentstate.aio import _Port
 from agentstate.operations import Commit, Operation
 from agentstate.storage.base import Settle
+from agentstate.storage.dispatch import Dispatcher
 
 
 class Threaded(InMemoryStorage):
@@ -178,6 +180,28 @@ def test_a_cancelled_operation_that_is_being_carried_out_is_waited_for() -> None
         assert contents(await context.get_history("a")) == ["kept"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("place", ["submit_jobs", "_send_all"])
+def test_an_interrupt_while_calls_are_handed_over_leaves_none_of_them_waiting(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ConversationContext(Threaded())
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        await context.add_to_history("a", "user", "before")
+        # In the callback; or while the loop was about to make it, which it then forgets.
+        monkeypatch.setattr(*{"submit_jobs": (Dispatcher, place), "_send_all": (_Port, place)}[place], interrupted)
+        await asyncio.gather(*(context.add_to_history(name, "user", 1) for name in "abc"))
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert asyncio.run(context.get_history("a"))[0]["content"] == "before"
+    asyncio.run(context.aclose())
 
 
 def test_a_cancelled_operation_of_unknown_outcome_says_so() -> None:

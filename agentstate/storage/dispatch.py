@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
 
@@ -145,8 +145,9 @@ class Dispatcher:
         finally:
             if free:
                 with self._lock:
-                    self._busy.discard(key)
+                    # First of all, and by no call: a second interrupt would leave the key busy for ever.
                     self._groups -= 1
+                    self._busy.discard(key)
                     if key in self._held:
                         self._free(key)
                     if self._queue or self._draining:
@@ -167,13 +168,14 @@ class Dispatcher:
     def submit(self, operations: Sequence[Operation], done: Done) -> Job:
         """Queue operations on one context; `done` will be called from another thread."""
         job = _CallBack(operations, done)
-        self.submit_jobs((job,))
+        self.submit_jobs([job])
         return job
 
-    def submit_jobs(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs in this order."""
+    def submit_jobs(self, jobs: list[Job]) -> None:
+        """Queue jobs in this order, and empty the list: what is left in it after a KeyboardInterrupt is not queued."""
         with self._lock:
             self._queue += jobs
+            jobs.clear()
             self._wake_a_worker()
 
     def withdraw(self, job: Job) -> bool:
@@ -281,8 +283,8 @@ class Dispatcher:
                     self._execute(together.operations, together.outcomes, together.settle)
                 finally:
                     with self._lock:
-                        self._jobs -= len(group)
                         self._groups -= 1
+                        self._jobs -= len(group)
                         self._look_around()
 
     def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:

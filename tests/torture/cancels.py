@@ -173,7 +173,7 @@ async def main():
         await asyncio.sleep(0.1)
         return
     if way == "handler":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sys.exit, 3)
     await asyncio.gather(*(write(context, writer) for writer in range(6)))
 
 def thread(writer):

@@ -23,6 +23,7 @@ from .failovers import failovers
 from .figures import Figures
 from .forks import forks
 from .holders import holders
+from .interrupts import interrupts
 from .kills import kills, kills_of_clients
 from .linearizable import linearizable
 from .mounts import mounted_power, small_disk
@@ -135,6 +136,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cancels-cuts": Scenario(_beside_valkey(cancels_on_a_bad_line), 100, 10_000),
     "exits": Scenario(exits, 5, 200),
     "exits-valkey": Scenario(_beside_valkey(exits_on_valkey), 0, 100),
+    "interrupts-files": Scenario(_on_files(interrupts), 20, 5_000, forks=True),
+    "interrupts-valkey": Scenario(_on_valkey(interrupts), 20, 5_000, forks=True),
     "handlers": Scenario(handlers, 24, 2_000),
     "clock-jumps-files": Scenario(_on_files(clock_jumps), 6, 300),
     "clock-jumps-valkey": Scenario(_on_valkey(clock_jumps), 6, 300),
