@@ -54,7 +54,7 @@ from .operations import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
-    from typing import Any, ParamSpec, TypeVar
+    from typing import Any, Final, ParamSpec, TypeVar
 
     from .state import ConversationState, Message
 
@@ -139,6 +139,10 @@ def fork_context(
     yield self._commit(target, commit_id, *changes)._replace(absent=True)
 
 
+_DELETED_AT_A_TIME: Final = 64
+"""Contexts. Each has a deadline, and on a slow disk one may take a hundredth of it."""
+
+
 def cleanup_old_contexts(self: Caller, /, max_age_hours: float = 24) -> Calls[int]:
     """Delete the contexts that were last written more than `max_age_hours` ago, and say how many.
 
@@ -153,13 +157,15 @@ def cleanup_old_contexts(self: Caller, /, max_age_hours: float = 24) -> Calls[in
     while cursor is not None:
         seconds = age + (time.monotonic() - began)  # what grows old meanwhile is left to the next cleanup
         page = yield Listing(cursor, user=self.user_id, idle_for=seconds, deadline=self._deadline())
-        commits = [self._commit(context_id, None, Delete())._replace(idle_for=seconds) for context_id in page[0]]
-        for outcome in (yield Each(list(commits))) if commits else ():
-            if isinstance(outcome, StateError):
-                failures.append(outcome)
-            else:
-                deleted += _boolean(outcome)
-        cursor = page[1]
+        ids, cursor = page
+        for first in range(0, len(ids), _DELETED_AT_A_TIME):
+            some = ids[first : first + _DELETED_AT_A_TIME]
+            outcomes = yield Each([self._commit(each, None, Delete())._replace(idle_for=seconds) for each in some])
+            for outcome in outcomes:
+                if isinstance(outcome, StateError):
+                    failures.append(outcome)
+                else:
+                    deleted += _boolean(outcome)
     if failures:
         raise failures[0]
     return deleted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 
 from .errors import StateSerializationError
@@ -78,13 +78,18 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
 
 
 def decode(text: bytes) -> Any:
-    """The value of a JSON text that `encode` made: a new copy on every call."""
-    return _from_text(text.decode(), 0)[0]
+    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other."""
+    try:
+        return _from_text(text.decode(), 0)[0]
+    except StopIteration as nothing:  # which would end the generator that asks
+        raise json.JSONDecodeError("Expecting value", text.decode(), nothing.value) from None
 
 
-def decode_all(texts: Iterable[bytes]) -> list[Any]:
+def decode_all(texts: Collection[bytes]) -> list[Any]:
     """The values of several such texts: at once, which costs hardly more than one."""
-    values: list[Any] = _from_text((b"[" + b",".join(texts) + b"]").decode(), 0)[0]
+    values: list[Any] = decode(b"[" + b",".join(texts) + b"]")
+    if len(values) != len(texts):  # somebody stored what is no JSON text, and which is whose cannot be told any more
+        values = [decode(text) for text in texts]
     return values
 
 

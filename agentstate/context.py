@@ -149,7 +149,9 @@ class SyncConversationContext(Caller):
             time.sleep(step.seconds)
             return None
         if isinstance(step, Each):
-            return [self._outcomes((operation,))[0] for operation in step.operations]
+            if self.storage.waits:
+                return self.storage.dispatcher.perform_each(step.operations)
+            return self.storage.carry_out(step.operations)
         if isinstance(step, InOrder):
             return [_raised(outcome) for outcome in self._outcomes(step.operations)]
         return _raised(self._outcomes((step,))[0])

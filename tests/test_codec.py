@@ -42,6 +42,25 @@ def test_encoding_changes_nothing_of_what_it_is_given(value: Any) -> None:
     assert repr(value) == before
 
 
+@given(st.lists(VALUES, max_size=5))
+def test_several_texts_are_decoded_as_each_of_them_is(values: list[Any]) -> None:
+    texts = [codec.encode(value, "x") for value in values]
+    assert codec.decode_all(texts) == [codec.decode(text) for text in texts]
+
+
+@pytest.mark.parametrize("text", [b"", b" ", b"x", b"{", b"[1,", b"\xff", b'"'])
+def test_what_is_no_json_text_is_a_value_error(text: bytes) -> None:
+    with pytest.raises(ValueError):
+        codec.decode(text)
+    with pytest.raises(ValueError):
+        codec.decode_all([b"1", text, b"2"])
+
+
+@pytest.mark.parametrize("text", [b"1,2", b"1],[2", b"1]"])
+def test_a_text_that_goes_on_after_its_value_shifts_no_other(text: bytes) -> None:
+    assert codec.decode_all([b"0", text, b"3"]) == [0, 1, 3]
+
+
 def test_a_converted_part_does_not_show_in_the_original() -> None:
     original = {"kept": [1, {"time": date(2026, 1, 31)}], "tuple": (1, (2,))}
     assert codec.decode(codec.encode(original, "x")) == {"kept": [1, {"time": "2026-01-31"}], "tuple": [1, [2]]}

@@ -258,6 +258,27 @@ def test_closing_waits_for_what_is_under_way_and_refuses_what_comes_later() -> N
         SyncConversationContext(storage).exists("a")
 
 
+def test_a_cleanup_deletes_many_together_and_none_of_them_past_its_deadline() -> None:
+    class OnASlowDisk(InMemoryStorage):
+        waits = True
+        groups = 1
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            deletes = [operation for operation in operations if isinstance(operation, Commit)]
+            sizes.append(len(deletes))
+            for index, operation in enumerate(operations):
+                time.sleep(0.01 if deletes else 0)
+                super().execute((operation,), lambda _, outcome, index=index: settle(index, outcome))  # type: ignore[misc]
+
+    sizes: list[int] = []
+    storage = OnASlowDisk(deadline=3.0)
+    for number in range(400):
+        storage._execute(append(f"c{number}", 1))
+    assert SyncConversationContext(storage).cleanup_old_contexts(max_age_hours=0) == 400
+    assert 10 < max(sizes) < 100
+    storage.close()
+
+
 def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentstate.storage.dispatch.IDLE_SECONDS", 0.01)
     storage = Gated()

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from time import monotonic_ns
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
@@ -113,7 +114,7 @@ class Dispatcher:
                 self._storage.tally.note(operations, outcomes, monotonic_ns() - began)
 
         if self._in_this_thread(_key(operations[0]), work) is _BUSY:
-            return self._wait_for(operations)
+            return self._wait_for((operations,))[0]
         return outcomes
 
     def call(self, operation: Commit | Query) -> Outcome:
@@ -127,7 +128,7 @@ class Dispatcher:
         except Exception as error:
             raise abandoned(self._storage, operation, error) from error
         if outcome is _BUSY:
-            outcome = self._wait_for((operation,))[0]
+            outcome = self._wait_for(((operation,),))[0][0]
         if isinstance(outcome, StateError):
             raise outcome
         return outcome
@@ -153,17 +154,29 @@ class Dispatcher:
                     if self._queue or self._draining:
                         self._look_around()
 
-    def _wait_for(self, operations: Sequence[Operation]) -> Outcomes:
-        """Queue operations and wait until a worker has carried them out."""
+    def perform_each(self, operations: Iterable[Operation]) -> Outcomes:
+        """Carry out operations that do not depend on each other, together, and return their outcomes."""
+        return [outcomes[0] for outcomes in self._wait_for([(operation,) for operation in operations])]
+
+    def _wait_for(self, each: Sequence[Sequence[Operation]]) -> list[Outcomes]:
+        """Queue jobs and wait until workers have carried them all out."""
         finished = threading.Lock()
         finished.acquire()
-        job = self.submit(operations, lambda _: finished.release())
+        numbers = count(1)
+
+        def done(_: Outcomes) -> None:
+            if next(numbers) == len(each):
+                finished.release()
+
+        jobs = [_CallBack(operations, done) for operations in each]
+        self.submit_jobs(jobs)
         try:
             finished.acquire()
         except BaseException:  # KeyboardInterrupt
-            self.withdraw(job)
+            for job in jobs:
+                self.withdraw(job)
             raise
-        return job.outcomes
+        return [job.outcomes for job in jobs]
 
     def submit(self, operations: Sequence[Operation], done: Done) -> Job:
         """Queue operations on one context; `done` will be called from another thread."""

@@ -130,12 +130,13 @@ class LogLayout:
             return
         outcome: Outcome | StateError
         try:
-            outcome = self._execute_one(operations[0])
+            outcome = self.outcome_of(operations[0])
         except StateError as error:
             outcome = error
         settle(0, outcome)
 
-    def _execute_one(self, operation: Operation) -> Outcome:
+    def outcome_of(self, operation: Operation) -> Outcome:
+        """`execute` for one operation, whose error is raised."""
         if time.monotonic() >= operation.deadline:
             check_deadline(operation)
         if isinstance(operation, Query):
@@ -278,7 +279,7 @@ class LogLayout:
         waiting: dict[FileLock, list[_Unit]] = {}
         for context_id, unit in units.items():
             if all(isinstance(operation, Query) for operation in unit.operations):
-                unit.outcomes = [_outcome_of(self._execute_one, operation) for operation in unit.operations]
+                unit.outcomes = [_outcome_of(self.outcome_of, operation) for operation in unit.operations]
                 unit.settle_all(settle)
                 continue
             unit.found = log = self.log_of(context_id)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateCorruptedError, StateError
 from ...keys import document_stem
-from ...operations import Operation
+from ...operations import Operation, Outcome
 from ..base import Settle, StateStorage, one_of, positive_integer
 from .access import Access
 from .filesystem import FileSystem
@@ -96,6 +96,12 @@ class FileStorage(StateStorage):
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}
+
+    def _outcome_of(self, operation: Operation) -> Outcome:
+        layout = self._layout
+        if self.closed or not isinstance(layout, LogLayout) or type(self).execute is not FileStorage.execute:
+            return super()._outcome_of(operation)
+        return layout.outcome_of(operation)
 
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""
