@@ -93,6 +93,7 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["list", "--storage-dir", "file"], exits.UNAVAILABLE, ["file"]),
     (["list", "--url", "valkey://127.0.0.1:1", "-o", "deadline=0.5"], exits.UNAVAILABLE, ["127.0.0.1:1", "refused"]),
     (["export", "file"], exits.REFUSED, ["exists already"]),
+    (["export", "--force", os.devnull], exits.REFUSED, ["no regular file"]),
     (["export", "no/folder/x"], exits.PROBLEM, ["no/folder/x: No such file"]),
     (["export", "--id", "a", "--user", "b"], exits.USAGE, ["--user"]),
     (["export", "--json"], exits.USAGE, ["--json"]),

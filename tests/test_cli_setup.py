@@ -154,6 +154,21 @@ def test_a_skill_is_made_whose_test_passes(tmp_path: Path, arguments: list[str],
         assert run("validate", cwd=tmp_path).code == 0
 
 
+@pytest.mark.parametrize("state", ["--state", "--no-state"])
+def test_a_new_skill_reads_the_messages_of_a2a(tmp_path: Path, state: str) -> None:
+    assert run("skill", "create", "tea", state, cwd=tmp_path).code == 0
+    script = (
+        "import asyncio, tea\n"
+        "from a2a.helpers import new_task_from_user_message, new_text_message\n"
+        "from a2a.types import Role\n"
+        "message = new_text_message('A pot of tea', context_id='alice', role=Role.ROLE_USER)\n"
+        "print(asyncio.run(tea.tea(new_task_from_user_message(message))))\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert "You said: A pot of tea" in done.stdout, done.stderr
+
+
 def test_a_new_skill_can_be_talked_to_and_remembers(tmp_path: Path) -> None:
     assert run("skill", "create", "Bot", cwd=tmp_path).code == 0
     first = run("chat", "bot.py:bot", "hello", cwd=tmp_path)

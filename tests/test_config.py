@@ -602,6 +602,11 @@ def test_an_unknown_key_near_another_backends_names_that_backend(problems: Probl
     ]
 
 
+def test_a_key_much_nearer_another_backends_names_that_one_too(problems: Problems) -> None:
+    (problem,) = problems("state:\n  backend: valkey\n  url: valkey://localhost\n  storage_dri: x\n")
+    assert problem.endswith("did you mean `storage_dir`, a key of `backend: file`?")
+
+
 def test_a_key_like_no_other_is_answered_with_all_there_are(problems: Problems) -> None:
     (problem,) = problems("state_management:\n  qqqqqq: 1\n")
     assert problem.startswith("2: `qqqqqq` is not a key of `state_management:`; its keys are `backend`, `cache_bytes`,")

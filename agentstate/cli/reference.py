@@ -34,6 +34,10 @@ Every command uses the storage that [the configuration file](configuration.md) n
 - Ctrl-C leaves no half work: a conversation is written or not, an archive appears when it is complete, and an
   interrupted import or migration is simply started again.
 
+- Conversations are read a group at a time. With 100,000 of them in files, `stats`, `export`, `list --sort none` had a
+  peak of 61 MB, `migrate` to a server 70 MB, and `list`, which keeps a line for each to put them in order, 104 MB; on a
+  server `stats` had 34 MB, and `list` 82 MB. The process alone takes 26 MB, and `cache_bytes` of files up to 32 MiB.
+
 This page is made from the commands (`python -m agentstate.cli.reference`).
 """
 

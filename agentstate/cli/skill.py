@@ -78,10 +78,9 @@ async def {module}(task: Any) -> str:
 {text_of}'''
 
 _TEXT_OF: Final = '''def text_of(task: Any) -> str:
-    """The text of the message that an A2A task brings."""
-    message = getattr(task, "message", None)
-    if message is None:
-        message = getattr(getattr(task, "status", None), "message", None)
+    """The text of the message that a task brings: an A2A task's is the last one of its history."""
+    history = getattr(task, "history", None)
+    message = getattr(task, "message", None) or (history[-1] if history else None)
     return " ".join(part.text for part in getattr(message, "parts", ()) if getattr(part, "text", ""))
 '''
 

@@ -87,6 +87,8 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
         return
     if os.path.lexists(path) and not force:
         raise StateConflictError(f"{path} exists already: choose another name, or say --force")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StateConflictError(f"{path} is no regular file, and is not replaced; - is the standard output")
     unfinished = f"{path}.{os.getpid()}.part"
     with undisturbed():
         try:

@@ -445,19 +445,32 @@ def unknown_key(name: str, backend: str, known: Iterable[str] = (), *, where: st
             line = f"add the line `backend: {KEYS[name].backends[0]}`"
             return f"`{name}` belongs to {owners}, and without a `backend:` this is `{backend}`: {line}"
         return f"`{name}` belongs to {owners}, and this is `backend: {backend}`: delete it, or change the backend"
-    from difflib import get_close_matches
-
     subject = f"`{name[:60]}` is not a key of {where or f'`backend: {backend}`'}"
     own = {*known_to(backend), *known}
-    for candidates in (own, set(KEYS) if backend in BACKENDS else own):
-        spellings = {candidate: candidate for candidate in candidates}
-        for candidate in candidates.intersection(KEYS):
-            spellings |= {other: candidate for other in KEYS[candidate].mistaken if other not in spellings}
-        if near := get_close_matches(name[:60].lower().replace("-", "_"), spellings, 1):
-            meant = spellings[near[0]]
-            owner = "" if meant in own else f", a key of `backend: {KEYS[meant].backends[0]}`"
-            return f"{subject}; did you mean `{meant}`{owner}?"
-    return f"{subject}; its keys are {', '.join(f'`{candidate}`' for candidate in sorted(own))}"
+    likeness, meant = _nearest(name, own)
+    if backend in BACKENDS:
+        other_likeness, other = _nearest(name, set(KEYS))
+        if other_likeness > likeness + _CLEARLY:  # the backend itself may be the misspelt word
+            meant = other
+    if not meant:
+        return f"{subject}; its keys are {', '.join(f'`{candidate}`' for candidate in sorted(own))}"
+    owner = "" if meant in own else f", a key of `backend: {KEYS[meant].backends[0]}`"
+    return f"{subject}; did you mean `{meant}`{owner}?"
+
+
+_CLEARLY: Final = 0.1
+
+
+def _nearest(name: str, candidates: set[str]) -> tuple[float, str]:
+    """The key that somebody meant by a name, and how alike the two are; 0 and "" where none is."""
+    from difflib import SequenceMatcher, get_close_matches
+
+    word = name[:60].lower().replace("-", "_")
+    spellings = {candidate: candidate for candidate in candidates}
+    for candidate in candidates.intersection(KEYS):
+        spellings |= {other: candidate for other in KEYS[candidate].mistaken if other not in spellings}
+    near = get_close_matches(word, spellings, 1)
+    return (SequenceMatcher(None, near[0], word).ratio(), spellings[near[0]]) if near else (0.0, "")
 
 
 def _quoted(name: str, key: Key, value: object) -> str:

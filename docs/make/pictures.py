@@ -174,7 +174,8 @@ def draw(name: str, command: str, output: str) -> None:
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
     console.print(Text.from_ansi(output.strip("\n")))
     svg = console.export_svg(title="agentstate", theme=SVG_EXPORT_THEME, code_format=_SVG, unique_id=name)
-    svg = re.sub(r" +$", "", _TEXT.sub(_without_blanks, svg), flags=re.MULTILINE)
+    svg = re.sub(r"<text[^>]*>\s*</text>", "", _TEXT.sub(_without_blanks, svg))
+    svg = re.sub(r" +$", "", svg, flags=re.MULTILINE)
     (PICTURES / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 

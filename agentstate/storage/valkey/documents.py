@@ -19,7 +19,7 @@ from .failures import failure, passes, pauses, repeat
 from .listing import checked, scan_page
 from .nodes import Servers
 from .script import ATTEMPT, MICROSECONDS
-from .wire import Connection, LostConnectionError, ServerError, command
+from .wire import Connection, LostConnectionError, NoTimeLeftError, ServerError, command
 
 _SCRIPT: Final = b"""\
 -- KEYS: the text. ARGV: not_after, 1 if there is a text now, that text, 1 if there is to be one, the new text, when
@@ -86,14 +86,15 @@ class ValkeyDocuments(DocumentStorage):
                     raise
                 problem = None
             except (LostConnectionError, ServerError) as error:
-                problem = error
+                if problem is None or not isinstance(error, NoTimeLeftError):
+                    problem = error
                 if not passes(error):
                     break
             left = deadline - monotonic()
-            if left <= (0 if problem is None else pause):
+            if left <= 0:
                 break
             if problem is not None:
-                sleep(pause)
+                sleep(min(left, pause))
         if unknown is not None:
             raise StateOutcomeUnknownError(f"sent, but not confirmed: {unknown}", context_id=context_id) from unknown
         if problem is not None:

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from ...errors import StateConfigError, StateConflictError, StateError, StateTimeoutError, StateUnavailableError
 from ..tally import Tally
-from .wire import LostConnectionError, ServerError
+from .wire import LostConnectionError, NoTimeLeftError, ServerError
 
 T = TypeVar("T")
 
@@ -46,15 +46,18 @@ def repeat(attempt: Callable[[], T], deadline: float, tally: Tally, context_id: 
     """
     if monotonic() >= deadline:
         raise StateTimeoutError("the deadline passed before anything was done", context_id=context_id)
+    problem: Exception | None = None
     for pause in pauses():
         try:
             return attempt()
         except (LostConnectionError, ServerError) as error:
-            # An attempt without time would fail for that alone, and hide what is wrong.
-            if deadline - monotonic() <= pause or not passes(error):
-                raise failure(error, context_id) from error
-            tally.add(attempts_repeated=1)
-            sleep(pause)
+            if problem is None or not isinstance(error, NoTimeLeftError):
+                problem = error
+        left = deadline - monotonic()
+        if left <= 0 or not passes(problem):
+            raise failure(problem, context_id) from problem
+        tally.add(attempts_repeated=1)
+        sleep(min(left, pause))
     raise AssertionError("there is no end of pauses")
 
 

@@ -29,6 +29,10 @@ class LostConnectionError(Exception):
     """The connection broke or did not answer in time. What was sent on it may or may not have happened."""
 
 
+class NoTimeLeftError(LostConnectionError):
+    """There was no time for a connection: what the attempts before it met with says more."""
+
+
 def bulk(data: bytes) -> bytes:
     """One argument of a command, packed."""
     return b"$%d\r\n%b\r\n" % (len(data), data)
@@ -290,7 +294,7 @@ def open_connection(
 
     left = deadline - monotonic()
     if left <= 0:
-        raise LostConnectionError("no connection before the deadline")
+        raise NoTimeLeftError("no connection before the deadline")
     owner = make(
         socket_connect_timeout=left,
         socket_timeout=left,
