@@ -151,7 +151,8 @@ def test_follow_prints_what_other_processes_add(store: Store) -> None:
         assert [json.loads(process.stdout.readline())["content"] for _ in range(250)] == list(range(250))
         store.context.pop_history("a", 2)
         store.context.trim_history("a", 10)
-        time.sleep(0.3)
+        assert process.stderr is not None
+        assert "taken back" in process.stderr.readline()
         store.context.add_to_history("a", "user", "after")
         assert json.loads(process.stdout.readline())["content"] == "after"
 

@@ -7,7 +7,6 @@ import functools
 import inspect
 import textwrap
 import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -682,9 +681,11 @@ def test_a_closed_storage_object_stays_closed() -> None:
 
 
 def test_the_event_loop_does_not_wait_while_the_first_call_opens_the_store() -> None:
+    go_on = threading.Event()
+
     class SlowToOpen(InMemoryStorage):
         def __init__(self, **options: Any) -> None:
-            time.sleep(0.3)
+            assert go_on.wait(60)
             super().__init__(**options)
 
     @stateful("slow")
@@ -692,12 +693,11 @@ def test_the_event_loop_does_not_wait_while_the_first_call_opens_the_store() -> 
 
     async def main() -> None:
         call = asyncio.create_task(handler(TASK))
-        ticks = 0
-        while not call.done():
+        for _ in range(5):
             await asyncio.sleep(0.01)
-            ticks += 1
+        assert not call.done()
+        go_on.set()
         await call
-        assert ticks > 5
 
     register_storage("slow", SlowToOpen)
     asyncio.run(main())

@@ -399,14 +399,16 @@ def test_a_failed_handler_gives_the_turn_back(opened: Opened) -> None:
 
 def test_a_cancelled_handler_gives_the_turn_back(opened: Opened) -> None:
     storage = opened()
+    entered = asyncio.Event()
 
     @stateful(storage, serialize_turns=True)
     async def handler(task: Any, context_id: str) -> None:
-        await asyncio.sleep(10)
+        entered.set()
+        await asyncio.sleep(60)
 
     async def main() -> None:
         running = asyncio.create_task(handler(TASK))
-        await asyncio.sleep(0.05)
+        await entered.wait()
         assert not await asyncio.to_thread(is_free, storage)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -417,12 +419,17 @@ def test_a_cancelled_handler_gives_the_turn_back(opened: Opened) -> None:
 
 
 class SlowStorage(InMemoryStorage):
-    """Takes its time to answer, as a server does."""
+    """Takes its time to answer, as a server does: until somebody lets it go on."""
 
     waits = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
     def execute(self, operations: Any, settle: Any) -> None:
-        time.sleep(0.05)
+        self.asked.set()
+        assert self.go_on.wait(60)
         super().execute(operations, settle)
 
 
@@ -436,8 +443,10 @@ def test_a_call_that_is_cancelled_while_it_takes_the_turn_does_not_keep_it() -> 
 
     async def main() -> None:
         running = asyncio.create_task(handler(TASK))
-        await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(storage.asked.wait, 60)
         running.cancel()
+        await asyncio.sleep(0.01)
+        storage.go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await running
 
@@ -452,16 +461,20 @@ def test_a_call_that_is_cancelled_while_it_gives_the_turn_back_gives_it_back() -
 
     @stateful(storage, serialize_turns=True)
     async def handler(task: Any, context_id: str) -> None:
-        finished.set()
+        storage.asked.clear()
+        storage.go_on.clear()
 
     async def main() -> None:
+        storage.go_on.set()
         running = asyncio.create_task(handler(TASK))
-        await finished.wait()
+        await asyncio.to_thread(wait_until, lambda: not storage.go_on.is_set(), "the handler")
+        assert await asyncio.to_thread(storage.asked.wait, 60)
         running.cancel()
+        await asyncio.sleep(0.01)
+        storage.go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await running
 
-    finished = asyncio.Event()
     asyncio.run(main())
     wait_until(lambda: is_free(storage), "the turn is given back")
     storage.close()

@@ -32,7 +32,8 @@ Every command uses the storage that [the configuration file](configuration.md) n
 - No password is ever printed. One in `--url` can be seen by others in the list of processes: better put it into the
   environment, and `${VALKEY_URL}` into the configuration file.
 - Ctrl-C leaves no half work: a conversation is written or not, an archive appears when it is complete, and an
-  interrupted import or migration is simply started again.
+  interrupted import or migration is simply started again. SIGTERM and SIGHUP do the same. A second one ends the command
+  at once, whatever it is doing.
 
 - Conversations are read a group at a time. With 100,000 of them in files, `stats`, `export`, `list --sort none` had a
   peak of 61 MB, `migrate` to a server 70 MB, and `list`, which keeps a line for each to put them in order, 104 MB; on a

@@ -151,13 +151,20 @@ class LifetimeTests(Harness):
 
     def test_every_write_makes_a_context_live_longer(self, connect: Connect) -> None:
         context = connect(ttl=2.0)
-        born = context.get_or_create("a")
-        began = time.monotonic()
-        while time.monotonic() - began < 2.4:
-            time.sleep(0.3)
-            context.increment_variable("a", "n")
-            context.pop_history("a")
-        state = context.get_state("a")
+        for number in range(10):
+            context_id = f"c{number}"
+            began = before = time.monotonic()
+            longest = 0.0
+            born = context.get_or_create(context_id)
+            while time.monotonic() - began < 2.4:
+                time.sleep(0.3)
+                context.increment_variable(context_id, "n")
+                context.pop_history(context_id)
+                now = time.monotonic()
+                longest, before = max(longest, now - before), now
+            state = context.get_state(context_id)
+            if longest < 1.5:
+                break  # else the machine stood still for as long as a context lives, which says nothing about it
         assert state is not None
         assert state.created_at == born.created_at
         assert state.revision == 1 + 2 * state.variables["n"]

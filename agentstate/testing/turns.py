@@ -193,8 +193,8 @@ class TurnTests(Harness):
             context.storage.call(Commit("a", (Increment("n", b"1"),), "c2", fence="expired"))
 
     def test_a_turn_renews_its_lease_while_it_is_held(self, context: Context) -> None:
-        with context.turn("a", lease=1.5) as turn:
-            end = time.monotonic() + 2.0
+        with context.turn("a", lease=2.4) as turn:
+            end = time.monotonic() + 2.6
             while time.monotonic() < end:
                 assert context.storage.call(Lease("a", "take", "other", 30.0)) is False
                 time.sleep(0.05)
