@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 from time import monotonic_ns
@@ -161,7 +161,8 @@ class Dispatcher:
     def _wait_for(self, each: Sequence[Sequence[Operation]]) -> list[Outcomes]:
         """Queue jobs and wait until workers have carried them all out."""
         finished = threading.Lock()
-        finished.acquire()
+        if each:
+            finished.acquire()
         numbers = count(1)
 
         def done(_: Outcomes) -> None:
@@ -169,7 +170,7 @@ class Dispatcher:
                 finished.release()
 
         jobs = [_CallBack(operations, done) for operations in each]
-        self.submit_jobs(jobs)
+        self.submit_jobs([*jobs])
         try:
             finished.acquire()
         except BaseException:  # KeyboardInterrupt
