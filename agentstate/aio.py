@@ -23,6 +23,7 @@ from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .calllog import observed
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
+from .storage import processors
 from .storage.base import StateStorage
 from .storage.dispatch import Dispatcher, Job, Outcomes
 
@@ -327,7 +328,7 @@ class _Port:
         outbox, self._outbox = self._outbox, {}
         try:
             for dispatcher, jobs in outbox.items():
-                dispatcher.submit_jobs(jobs)
+                dispatcher.submit_jobs(jobs, processors.this_processor())
         except BaseException:  # KeyboardInterrupt, SystemExit: without this, tasks would wait for ever
             for dispatcher, jobs in outbox.items():
                 dispatcher.submit_jobs(jobs)

@@ -17,6 +17,7 @@ from time import monotonic_ns
 
 from ..errors import StateError, StateOutcomeUnknownError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome, Query
+from .processors import ANYWHERE, Seat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ Done: TypeAlias = Callable[[Outcomes], None]
 
 LARGEST_GROUP: Final = 512
 """Operations; more would make the first of them wait for the last."""
+
+LARGE_GROUP: Final = 128
+"""Jobs; where there is so much to do, it does not matter where, and two processors do more than one."""
 
 PENDING: Final[Any] = object()
 """Stands for an outcome that is not known yet (None is one: an absent context)."""
@@ -101,6 +105,7 @@ class Dispatcher:
         self._workers = 0
         self._idle = 0
         self._draining = 0
+        self._processor = ANYWHERE  # where those run who wait
 
     def perform(self, operations: Sequence[Operation]) -> Outcomes:
         """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
@@ -185,9 +190,13 @@ class Dispatcher:
         self.submit_jobs([job])
         return job
 
-    def submit_jobs(self, jobs: list[Job]) -> None:
-        """Queue jobs in this order, and empty the list: what is left in it after a KeyboardInterrupt is not queued."""
+    def submit_jobs(self, jobs: list[Job], processor: int = ANYWHERE) -> None:
+        """Queue jobs in this order, and empty the list: what is left in it after a KeyboardInterrupt is not queued.
+
+        `processor`: where the thread runs that waits for them, if it does nothing else meanwhile.
+        """
         with self._lock:
+            self._processor = processor
             self._queue += jobs
             jobs.clear()
             self._wake_a_worker()
@@ -281,6 +290,7 @@ class Dispatcher:
 
     def _work(self) -> None:
         """A worker thread: takes one group after the other."""
+        seat = Seat()
         while True:
             with self._lock:
                 while not self._queue or self._groups >= self._storage.groups:
@@ -292,6 +302,7 @@ class Dispatcher:
                         return
                 group = self._take_group()
             if group:
+                seat.move(self._processor if len(group) < LARGE_GROUP else ANYWHERE)
                 together = _Group(self, group)
                 try:
                     self._execute(together.operations, together.outcomes, together.settle)

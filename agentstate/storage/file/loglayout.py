@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
+from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access
 from .filesystem import can_sync_all, unavailable
@@ -612,6 +613,7 @@ def _lock(log: LogFile, deadline: float) -> bool:
 
 
 def _sync_regularly(layout: weakref.ref[LogLayout], stop: threading.Event) -> None:
+    Seat().move(ANYWHERE)  # the thread that started this one may have been kept near another
     while not stop.wait(_SYNC_EVERY) and _sync_now(layout):
         pass
 

@@ -1,0 +1,90 @@
+"""Worker threads run on the processor of the event loop that waits for them, and let go of it again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from agentstate import ConversationContext, InMemoryStorage, SyncConversationContext
+from agentstate.operations import Operation
+from agentstate.storage import processors
+from agentstate.storage.base import Settle
+from agentstate.storage.dispatch import LARGE_GROUP
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+)
+
+
+class Watched(InMemoryStorage):
+    """A storage that waits, and notes where each of its groups could run."""
+
+    waits = True
+    groups = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, set[int]]] = []
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        self.seen.append((len(operations), os.sched_getaffinity(0)))
+        super().execute(operations, settle)
+
+
+def test_a_small_group_runs_where_its_loop_runs_and_a_large_one_anywhere() -> None:
+    storage = Watched()
+    context = ConversationContext(storage)
+    everywhere = os.sched_getaffinity(0)
+
+    async def main() -> None:
+        for processor in sorted(everywhere)[:2]:
+            os.sched_setaffinity(0, {processor})
+            try:
+                await context.set_variable("a", "x", 1)
+            finally:
+                os.sched_setaffinity(0, everywhere)
+            assert storage.seen.pop() == (1, {processor})
+        await asyncio.gather(*(context.set_variable(f"c{number}", "x", 1) for number in range(LARGE_GROUP)))
+        assert storage.seen.pop() == (LARGE_GROUP, everywhere)
+
+    asyncio.run(main())
+    assert os.sched_getaffinity(0) == everywhere
+
+
+def test_a_thread_that_waits_lends_no_processor() -> None:
+    storage = Watched()
+    everywhere = os.sched_getaffinity(0)
+    asyncio.run(ConversationContext(storage).set_variable("a", "x", 1))
+    storage.seen.clear()
+    context = SyncConversationContext(storage)
+    threads = [threading.Thread(target=context.set_variable, args=("a", "x", number)) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {frozenset(allowed) for _, allowed in storage.seen} == {frozenset(everywhere)}
+
+
+def test_where_the_processor_is_not_known_threads_run_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "_getcpu", None)
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    assert processors.this_processor() == processors.ANYWHERE
+    storage = Watched()
+    asyncio.run(ConversationContext(storage).set_variable("a", "x", 1))
+    assert storage.seen == [(1, os.sched_getaffinity(0))]
+
+
+def test_a_processor_that_is_not_allowed_is_no_error() -> None:
+    seat = processors.Seat()
+    before = os.sched_getaffinity(0)
+    try:
+        seat.move(1023)
+        assert os.sched_getaffinity(0) == before
+        seat.move(processors.ANYWHERE)
+    finally:
+        os.sched_setaffinity(0, before)
