@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -21,6 +22,11 @@ KINDS: Final = ("calls", "calls", "rewritten", "adopted", "repaired")
 DOCUMENT_KINDS: Final = ("calls", "calls", "found")
 
 
+def numbers(random: Random) -> Iterator[int]:
+    """Of plots: short runs begin anywhere, and long ones have them all."""
+    return count(random.randrange(30))
+
+
 class Plot:
     """The calls on one conversation, and the files that there are of it before the first.
 
@@ -31,9 +37,11 @@ class Plot:
     - `repaired`: its log is damaged, and the first call saves what is intact
     """
 
-    def __init__(self, random: Random, *, layout: str = "log", steps: int = 9, options: dict[str, Any]) -> None:
-        self.kind = random.choice(KINDS if layout == "log" else DOCUMENT_KINDS)
-        self.options = {"layout": layout, **options}
+    def __init__(self, random: Random, number: int, *, layout: str = "log", steps: int = 9, **options: Any) -> None:
+        # Each kind in turn, in an exclusive store and in one for many.
+        kinds = KINDS if layout == "log" else DOCUMENT_KINDS
+        self.kind = kinds[number % len(kinds)]
+        self.options = {"layout": layout, "exclusive": number // len(kinds) % 3 == 0, **options}
         self.model = Model()
         self.files: dict[str, bytes] = {}
         self.keeps: bytes | None = None

@@ -17,7 +17,7 @@ from agentstate.operations import Append, Commit
 from .figures import Figures
 from .model import REPAIR, Model, Step
 from .places import scratch
-from .plots import Plot
+from .plots import Plot, numbers
 from .seam import Disk, Failing, materialize
 from .witness import Witness, distinct
 
@@ -85,11 +85,10 @@ def power(
     With `lazily`, nothing is flushed: the newest commits may be gone, and what is left is what once was.
     """
     with scratch() as folder:
-        while figures.faults < rounds:
-            options: dict[str, Any] = {"exclusive": True} if random.random() < 0.25 else {}
-            if lazily:
-                options["fsync"] = "no"
-            plot = Plot(random, layout=layout, steps=_STEPS, options=options)
+        for number in numbers(random):
+            if figures.faults >= rounds:
+                break
+            plot = Plot(random, number, layout=layout, steps=_STEPS, fsync="no" if lazily else "always")
             with disk(folder, plot.lay_out) as broken:
                 _Cuts(plot, broken, random, rounds, figures, failing).run()
 

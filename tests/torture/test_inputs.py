@@ -151,6 +151,14 @@ def test_every_context_id_is_a_conversation_of_its_own_or_refused(contexts: list
     assert set(reader.list_contexts()) == known
 
 
+hostile_bytes = (
+    st.binary(max_size=200)
+    | st.sampled_from([b"", b"null", b"[]", b'"x"', b"\xff\xfe{\0}\0", b"[" * 100_000, b"9" * 5_000, b'{"a":NaN}'])
+    | values.map(lambda value: json.dumps(value).encode())
+    | values.map(lambda value: json.dumps({"context_id": "a", "history": value, "variables": value}).encode("utf-16"))
+)
+
+
 def test_whatever_a_file_holds_is_understood_or_refused_and_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
@@ -158,12 +166,7 @@ def test_whatever_a_file_holds_is_understood_or_refused_and_left_alone(tmp_path:
     @SOME
     @given(
         st.sampled_from([".json", ".jsonl"]),
-        st.binary(max_size=200)
-        | st.sampled_from([b"", b"null", b"[]", b'"x"', b"\xff\xfe{\0}\0", b"[" * 100_000, b"9" * 5_000, b'{"a":NaN}'])
-        | values.map(lambda value: json.dumps(value).encode())
-        | values.map(
-            lambda value: json.dumps({"context_id": "a", "history": value, "variables": value}).encode("utf-16")
-        ),
+        hostile_bytes,
     )
     def hostile(suffix: str, data: bytes) -> None:
         for path in folder.glob("a.*"):
@@ -185,6 +188,43 @@ def test_whatever_a_file_holds_is_understood_or_refused_and_left_alone(tmp_path:
                 assert context.get_history("a")[-1]["content"] == "over it"
 
     hostile()
+
+
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_whatever_a_key_holds_is_understood_or_refused_and_left_alone(
+    valkey_9: ValkeyServer, key_prefix: str, layout: str
+) -> None:
+    key = f"{key_prefix}a"
+    fields = st.sampled_from(["id", "v:a", "m:a", "revision", "x"]) | texts
+
+    with (
+        valkey_9.client() as client,
+        SyncConversationContext(ValkeyStorage(valkey_9.url, key_prefix=key_prefix, layout=layout)) as context,
+    ):
+
+        @SOME
+        @given(st.sampled_from(["set", "hash", "list"]), hostile_bytes, fields)
+        def hostile(kind: str, data: bytes, field: str) -> None:
+            client.delete(*client.keys(f"*{key_prefix}*") or ["none"])
+            if kind == "set":
+                client.set(key, data)
+            elif kind == "hash":
+                client.hset(key, field, data)
+            else:
+                client.rpush(key, data)
+            before = client.dump(key)
+            for call in (lambda: context.get_state("a"), lambda: context.get_history("a", 3)):
+                with suppress(StateError):
+                    call()
+            assert client.dump(key) == before
+            try:
+                context.add_to_history("a", "user", "over it")
+            except StateError:
+                assert client.dump(key) == before
+            else:
+                assert context.get_history("a")[-1]["content"] == "over it"
+
+        hostile()
 
 
 def test_memory_files_and_valkey_are_one_with_a_plain_model(valkey_9: ValkeyServer, key_prefix: str) -> None:

@@ -16,7 +16,7 @@ from agentstate.errors import StateError, StateOutcomeUnknownError
 from .figures import Figures
 from .model import REPAIR, Model, Step, perform
 from .places import scratch
-from .plots import Plot
+from .plots import Plot, numbers
 from .seam import ERRORS, Failing, Seam
 from .witness import distinct
 
@@ -27,9 +27,10 @@ Once = Callable[[Path, Plot, int, Random, Figures], bool]
 def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, layout: str) -> None:
     """Plots, each again and again, in which the nth call of the system goes wrong, for every n."""
     with scratch() as folder:
-        while figures.faults < rounds:
-            options = {"exclusive": True} if random.random() < 0.25 else {}
-            plot = Plot(random, layout=layout, options=options)
+        for number in numbers(random):
+            if figures.faults >= rounds:
+                break
+            plot = Plot(random, number, layout=layout)
             nth = 1
             while figures.faults < rounds and once(folder / "store", plot, nth, random, figures):
                 figures.faults += 1
