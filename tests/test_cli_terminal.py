@@ -82,6 +82,17 @@ def test_a_list_is_a_table_that_shows_all_of_an_id(some: Path) -> None:
     assert plain(text).replace("\n", "").replace(" ", "").count("x") >= 120
 
 
+def test_a_long_list_is_drawn_in_pages_that_go_on_as_the_first_one_began(tmp_path: Path) -> None:
+    with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
+        many(storage, 1200)
+    text, code = shown("list", "--sort", "id", cwd=tmp_path)
+    lines = [line for line in plain(text).splitlines() if " ago" in line]
+    assert code == 0
+    assert len(lines) == 1200
+    assert plain(text).count("conversation ") == 1
+    assert len({len(line.rstrip()) for line in lines}) == 1  # all columns stand where they stood
+
+
 def test_what_was_stored_is_shown_as_it_is_and_harmlessly(some: Path) -> None:
     text, code = shown("show", "alice", cwd=some)
     assert code == 0

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..urls import redact_url
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # C0 but newline and tab, DEL, C1, the marks that reverse the direction of text, separators, lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = re.compile("[\n\t]")
+
+_PAGE: Final = 500  # rows of a table that are drawn together
 
 _UNITS: Final = (("d", 86400.0), ("h", 3600.0), ("min", 60.0))
 
@@ -182,16 +185,41 @@ def table(columns: Sequence[Column | str], rows: Iterator[Sequence[str]] | Seque
         for row in rows:
             sys.stdout.write("\t".join(map(one_line, row)) + "\n")
         return
+    from rich.cells import cell_len
+
+    named = [Column(column) if isinstance(column, str) else column for column in columns]
+    widths = [0] * len(named)
+    rest = iter(rows)
+    page = _page_of(rest)
+    console().print()
+    console().print(_drawn(named, page, widths, with_header=True))
+    while page:  # the rows may be many, and may be slow to come
+        widths = [max(width, *map(cell_len, cells)) for width, *cells in zip(widths, *page, strict=True)]
+        if page := _page_of(rest):
+            console().print(_drawn(named, page, widths, with_header=False))
+    console().print()
+
+
+def _page_of(rows: Iterator[Sequence[str]]) -> list[list[str]]:
+    return [list(map(one_line, row)) for row in islice(rows, _PAGE)]
+
+
+def _drawn(columns: Sequence[Column], rows: list[list[str]], widths: Sequence[int], *, with_header: bool) -> Any:
+    """A page of a table, whose columns are at least as wide as before, if the terminal is wide enough for that."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in (Column(column) if isinstance(column, str) else column for column in columns):
-        drawn.add_column(column.title, justify="right" if column.right else "left", style=column.style, overflow="fold")
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=with_header, header_style="bold")
+    fits = sum(widths) + 3 * len(widths) <= console().width
+    for column, width in zip(columns, widths, strict=True):
+        drawn.add_column(
+            column.title, justify="right" if column.right else "left", style=column.style, overflow="fold",
+            min_width=max(width, len(column.title)) if fits else None,
+        )  # fmt: skip
     for row in rows:
-        drawn.add_row(*(Text(one_line(cell)) for cell in row))
-    console().print(drawn)
+        drawn.add_row(*map(Text, row))
+    return drawn
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
