@@ -634,11 +634,13 @@ class TestProcesses:
 
                 def hold() -> None:
                     with pytest.raises(StateUnavailableError):
-                        storage.call(Query("a", deadline=time.monotonic() + 1))
+                        storage.call(Query("a", deadline=time.monotonic() + 5))
 
                 holder = threading.Thread(target=hold)
                 holder.start()
-                time.sleep(0.2)
+                wait_until(
+                    lambda: getattr(storage.statistics().connections, "used", 0) == 1, "the use of the only connection"
+                )
                 with pytest.raises(StateTimeoutError, match="max_connections"):
                     storage.call(Query("a", deadline=time.monotonic() + 0.2))
                 holder.join()
