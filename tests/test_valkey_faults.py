@@ -420,7 +420,7 @@ class TestServers:
     def test_a_server_that_is_killed_and_comes_back_has_everything_once(
         self, start_valkey: Any, key_prefix: str
     ) -> None:
-        server: ValkeyServer = start_valkey("appendfsync always")
+        server: ValkeyServer = start_valkey()
         acknowledged: list[int] = []
         stop = threading.Event()
         with closing(ValkeyStorage(server.url, key_prefix=key_prefix, deadline=20)) as storage:
