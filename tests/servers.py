@@ -245,6 +245,7 @@ class ValkeyServer:
             f'unixsocket "{self.socket_path}"',
             'save ""',
             "appendonly yes",
+            "appendfsync no",  # with everysec, a write is answered before it is in the file while that is being flushed
             "auto-aof-rewrite-percentage 0",
             "shutdown-timeout 1",
             "enable-debug-command yes",

@@ -420,7 +420,7 @@ class TestServers:
     def test_a_server_that_is_killed_and_comes_back_has_everything_once(
         self, start_valkey: Any, key_prefix: str
     ) -> None:
-        server: ValkeyServer = start_valkey("appendfsync always")
+        server: ValkeyServer = start_valkey()
         acknowledged: list[int] = []
         stop = threading.Event()
         with closing(ValkeyStorage(server.url, key_prefix=key_prefix, deadline=20)) as storage:
@@ -634,11 +634,13 @@ class TestProcesses:
 
                 def hold() -> None:
                     with pytest.raises(StateUnavailableError):
-                        storage.call(Query("a", deadline=time.monotonic() + 1))
+                        storage.call(Query("a", deadline=time.monotonic() + 5))
 
                 holder = threading.Thread(target=hold)
                 holder.start()
-                time.sleep(0.2)
+                wait_until(
+                    lambda: getattr(storage.statistics().connections, "used", 0) == 1, "the use of the only connection"
+                )
                 with pytest.raises(StateTimeoutError, match="max_connections"):
                     storage.call(Query("a", deadline=time.monotonic() + 0.2))
                 holder.join()

@@ -112,9 +112,6 @@ class TestCluster:
             ValkeyCluster(require_server("9.1")) as cluster,
             closing(ValkeyStorage(cluster.url, key_prefix=key_prefix, deadline=1)) as storage,
         ):
-            for node in cluster.nodes:
-                with node.client() as client:
-                    client.config_set("appendfsync", "always")  # or else the killed one may forget
             outcomes: dict[int, Any] = {}
             storage.execute([Commit(f"c{n}", (Append((HI,)),), f"k{n}") for n in range(30)], outcomes.__setitem__)
             assert set(outcomes.values()) == {b""}
