@@ -23,9 +23,9 @@ from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .calllog import observed
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
-from .storage import processors
 from .storage.base import StateStorage
 from .storage.dispatch import Dispatcher, Job, Outcomes
+from .storage.processors import Home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -297,6 +297,7 @@ class _Port:
         self.inbox: deque[_Wait] = deque()
         self._woken = False
         self._outbox: dict[Dispatcher, list[Job]] = {}
+        self._home = Home()
 
     def send(self, dispatcher: Dispatcher, job: Job) -> None:
         """Hand a job over at the end of this pass of the loop, together with all others of the pass."""
@@ -328,7 +329,7 @@ class _Port:
         outbox, self._outbox = self._outbox, {}
         try:
             for dispatcher, jobs in outbox.items():
-                dispatcher.submit_jobs(jobs, processors.this_processor())
+                dispatcher.submit_jobs(jobs, self._home.processor())
         except BaseException:  # KeyboardInterrupt, SystemExit: without this, tasks would wait for ever
             for dispatcher, jobs in outbox.items():
                 dispatcher.submit_jobs(jobs)

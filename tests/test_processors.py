@@ -45,7 +45,8 @@ def test_a_small_group_runs_where_its_loop_runs_and_a_large_one_anywhere() -> No
         for processor in sorted(everywhere)[:2]:
             os.sched_setaffinity(0, {processor})
             try:
-                await context.set_variable("a", "x", 1)
+                for number in range(5):
+                    await context.set_variable("a", "x", number)
             finally:
                 os.sched_setaffinity(0, everywhere)
             assert storage.seen.pop() == (1, {processor})
@@ -54,6 +55,16 @@ def test_a_small_group_runs_where_its_loop_runs_and_a_large_one_anywhere() -> No
 
     asyncio.run(main())
     assert os.sched_getaffinity(0) == everywhere
+
+
+def test_a_loop_that_moves_about_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = iter([0, 1] * 20 + [1] * 10 + [0, 1, 1, 1] + [0] * 10)
+    monkeypatch.setattr(processors, "_getcpu", lambda: next(places))
+    home = processors.Home()
+    assert {home.processor() for _ in range(40)} == {processors.ANYWHERE}
+    assert [home.processor() for _ in range(10)] == [processors.ANYWHERE] * 2 + [1] * 8
+    assert [home.processor() for _ in range(4)] == [1, 1, 1, 1], "it was elsewhere but once"
+    assert [home.processor() for _ in range(10)] == [1] + [processors.ANYWHERE] * 2 + [0] * 7
 
 
 def test_a_thread_that_waits_lends_no_processor() -> None:

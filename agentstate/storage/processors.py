@@ -47,6 +47,29 @@ def this_processor() -> int:
     return _getcpu()
 
 
+class Home:
+    """Where a thread is at home: the processor on which it was found several times in a row."""
+
+    _TIMES = 4
+
+    def __init__(self) -> None:
+        self._last = ANYWHERE
+        self._times = 0  # in a row
+        self._home = ANYWHERE
+
+    def processor(self) -> int:
+        """For the thread itself: its home; `ANYWHERE` while it moves about, when following it would cost the more."""
+        here = this_processor()
+        if here != self._last:
+            self._last, self._times = here, 0
+        self._times += 1
+        if self._times == self._TIMES:
+            self._home = here
+        elif self._times == 2 and here != self._home:  # it did not just pass by
+            self._home = ANYWHERE
+        return self._home
+
+
 class Seat:
     """Where the thread that made this runs."""
 
