@@ -22,15 +22,22 @@ _DEADLINE: Final = 30.0
 
 
 def crowd(
-    random: Random, rounds: int, figures: Figures, *, url: str = "", processes: int = 8, threads: int = 8
+    random: Random,
+    rounds: int,
+    figures: Figures,
+    *,
+    url: str = "",
+    layout: str = "log",
+    processes: int = 8,
+    threads: int = 8,
 ) -> None:
     """Each of the threads makes `rounds` rounds of calls: half of them through the awaitable context."""
     with scratch(disk=True) as folder:
 
         def make() -> StateStorage:
             if url:
-                return ValkeyStorage(url, key_prefix=f"{folder.name}:", deadline=_DEADLINE)
-            return FileStorage(folder, deadline=_DEADLINE)
+                return ValkeyStorage(url, key_prefix=f"{folder.name}:", layout=layout, deadline=_DEADLINE)
+            return FileStorage(folder, layout=layout, deadline=_DEADLINE)
 
         pipes = []
         for process in range(processes):

@@ -26,25 +26,25 @@ from .witness import Witness
 _PREFIX = "outages:"
 
 
-def outages(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer) -> None:
+def outages(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer, layout: str = "log") -> None:
     """`rounds` outages of the server, which is the scenario's own."""
-    kinds: tuple[Callable[[ValkeyServer, Random, Figures], None], ...] = (
+    kinds: tuple[Callable[[ValkeyServer, str, Random, Figures], None], ...] = (
         paused, killed, full, read_only, loading, other_types, without_scripts, without_password,
     )  # fmt: skip
     for number in range(rounds):
-        kinds[number % len(kinds)](server, random, figures)
+        kinds[number % len(kinds)](server, layout, random, figures)
         figures.faults += 1
 
 
-def _context(server: ValkeyServer, **options: Any) -> SyncConversationContext:
-    return SyncConversationContext(ValkeyStorage(server.url, key_prefix=_PREFIX, **options))
+def _context(server: ValkeyServer, layout: str, **options: Any) -> SyncConversationContext:
+    return SyncConversationContext(ValkeyStorage(server.url, key_prefix=_PREFIX, layout=layout, **options))
 
 
-def _begin(server: ValkeyServer, random: Random, figures: Figures) -> tuple[Witness, Steps]:
+def _begin(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> tuple[Witness, Steps]:
     """A conversation with something in it."""
     witness = Witness(figures, f"alice-{random.getrandbits(32)}")
     steps = Steps(random, large=False, clears=False)
-    with _context(server) as context:
+    with _context(server, layout) as context:
         for _ in range(5):
             witness.call(context, next(steps))
         witness.look(context)
@@ -56,10 +56,10 @@ def _expect(figures: Figures, error: StateError | None, kinds: type[StateError],
         figures.fail_silently(f"{what}: {error!r} instead of {kinds.__name__}")
 
 
-def paused(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def paused(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It stands still for longer than the deadline: unknown, in time; the same call again is applied once."""
-    witness, steps = _begin(server, random, figures)
-    with _context(server, deadline=0.3) as context:
+    witness, steps = _begin(server, layout, random, figures)
+    with _context(server, layout, deadline=0.3) as context:
         witness.look(context)  # connected
         unknown: list[tuple[Step, StateOutcomeUnknownError]] = []
         with server.paused():
@@ -71,7 +71,7 @@ def paused(server: ValkeyServer, random: Random, figures: Figures) -> None:
                 _expect(figures, error, StateUnavailableError, "a write while the server stood still")
             _expect(figures, witness.look(context), StateUnavailableError, "a read while the server stood still")
         time.sleep(random.choice((0.0, 0.05)))
-        with _context(server) as other:
+        with _context(server, layout) as other:
             for step, again in unknown:
                 witness.retry(other, step, again)
             witness.look(other, "after SIGCONT")
@@ -79,10 +79,10 @@ def paused(server: ValkeyServer, random: Random, figures: Figures) -> None:
             witness.look(other, "a while after SIGCONT")
 
 
-def killed(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def killed(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It is killed and started again with its append-only file: what it had acknowledged is there."""
-    witness, steps = _begin(server, random, figures)
-    with _context(server, deadline=0.3) as context, _context(server, deadline=10.0) as patient:
+    witness, steps = _begin(server, layout, random, figures)
+    with _context(server, layout, deadline=0.3) as context, _context(server, layout, deadline=10.0) as patient:
         witness.look(context)
         witness.look(patient)
         witness.call(context, next(steps))
@@ -97,10 +97,10 @@ def killed(server: ValkeyServer, random: Random, figures: Figures) -> None:
             figures.lose(f"after a restart: {error}")
 
 
-def full(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def full(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """`maxmemory` is reached, and nothing may be evicted: reads and deletions work, writes are refused."""
-    witness, steps = _begin(server, random, figures)
-    with server.client() as client, _context(server, deadline=0.5) as context:
+    witness, steps = _begin(server, layout, random, figures)
+    with server.client() as client, _context(server, layout, deadline=0.5) as context:
         witness.look(context)
         client.config_set("maxmemory", "1")
         try:
@@ -118,10 +118,10 @@ def full(server: ValkeyServer, random: Random, figures: Figures) -> None:
         witness.look(context, "on a server with memory again")
 
 
-def read_only(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def read_only(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It has become a replica of something else."""
-    witness, steps = _begin(server, random, figures)
-    with server.client() as client, _context(server, deadline=0.3) as context:
+    witness, steps = _begin(server, layout, random, figures)
+    with server.client() as client, _context(server, layout, deadline=0.3) as context:
         witness.look(context)
         # Nobody listens there, so the replica keeps its data and waits.
         client.execute_command("REPLICAOF", HOST, 1)
@@ -136,9 +136,9 @@ def read_only(server: ValkeyServer, random: Random, figures: Figures) -> None:
             figures.fail_silently(f"a read from a primary: {error!r}")
 
 
-def loading(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def loading(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It has started and is still reading its data."""
-    witness, steps = _begin(server, random, figures)
+    witness, steps = _begin(server, layout, random, figures)
     with server.client() as client:
         # While it reads, it listens every 1,024 commands: enough of them for it to be at it for a second or two.
         client.eval("for i = 1, 12000 do redis.call('SET', 'filler:' .. i, i) end", 0)
@@ -150,7 +150,7 @@ def loading(server: ValkeyServer, random: Random, figures: Figures) -> None:
     server._answers = lambda: _loads(server)  # type: ignore[method-assign]
     try:
         server.start()
-        with _context(server, deadline=0.5) as context:
+        with _context(server, layout, deadline=0.5) as context:
             _expect(figures, witness.look(context), StateUnavailableError, "a read while loading")
             error = witness.call(context, Step("add_to_history", ("user", steps.content())))
             _expect(figures, error, StateUnavailableError, "a write while loading")
@@ -161,7 +161,7 @@ def loading(server: ValkeyServer, random: Random, figures: Figures) -> None:
         server.start()
     with server.client() as client:
         client.eval("for i = 1, 12000 do redis.call('DEL', 'filler:' .. i) end", 0)
-    with _context(server) as context:
+    with _context(server, layout) as context:
         witness.call(context, next(steps))
         witness.look(context, "when loaded")
 
@@ -177,11 +177,11 @@ def _loads(server: ValkeyServer) -> bool:
     raise RuntimeError("the server had loaded its data before anybody could look")
 
 
-def other_types(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def other_types(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """Under the key is something else: neither absent nor overwritten."""
     context_id = f"other-{random.getrandbits(32)}"
     key = _PREFIX + context_id
-    with server.client() as client, _context(server) as context:
+    with server.client() as client, _context(server, layout) as context:
         puts: tuple[Callable[[], Any], ...] = (
             lambda: client.rpush(key, "a", "b"),
             lambda: client.sadd(key, "a"),
@@ -218,10 +218,10 @@ def _refused(client: Any, context: SyncConversationContext, context_id: str, key
         figures.fail_silently(f"a {kind!r} under the key was changed")
 
 
-def without_scripts(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def without_scripts(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """Its scripts are flushed between calls."""
-    witness, steps = _begin(server, random, figures)
-    with server.client() as client, _context(server) as context:
+    witness, steps = _begin(server, layout, random, figures)
+    with server.client() as client, _context(server, layout) as context:
         for _ in range(10):
             client.script_flush()
             error = witness.call(context, next(steps)) or witness.look(context, "after SCRIPT FLUSH")
@@ -229,17 +229,17 @@ def without_scripts(server: ValkeyServer, random: Random, figures: Figures) -> N
                 figures.fail_silently(f"after SCRIPT FLUSH: {error!r}")
 
 
-def without_password(server: ValkeyServer, random: Random, figures: Figures) -> None:
+def without_password(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It wants a password that the client does not have."""
-    witness, steps = _begin(server, random, figures)
+    witness, steps = _begin(server, layout, random, figures)
     with server.client() as client:
         client.config_set("requirepass", "secret")
         try:
-            with _context(server, deadline=0.5) as context:
+            with _context(server, layout, deadline=0.5) as context:
                 for error in (witness.look(context), witness.call(context, next(steps))):
                     if not isinstance(error, StateConfigError | StateUnavailableError | StateConflictError):
                         figures.fail_silently(f"without a password: {error!r}")
         finally:
             client.config_set("requirepass", "")
-    with _context(server) as context:
+    with _context(server, layout) as context:
         witness.look(context, "without a password again")

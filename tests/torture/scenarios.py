@@ -112,8 +112,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "forks-valkey": Scenario(_on_valkey(forks), 4, 400, forks=True),
     "crowd-files": Scenario(partial(crowd, processes=3, threads=4), 3, 3, forks=True),
     "crowd-files-64": Scenario(crowd, 0, 60, forks=True),
+    "crowd-documents": Scenario(partial(crowd, layout="document", processes=3, threads=4), 0, 20, forks=True),
     "crowd-valkey": Scenario(partial(_crowd_on_valkey, processes=3, threads=4), 3, 3, forks=True),
     "crowd-valkey-64": Scenario(_crowd_on_valkey, 0, 60, forks=True),
+    "crowd-valkey-documents": Scenario(
+        partial(_crowd_on_valkey, layout="document", processes=3, threads=4), 0, 20, forks=True
+    ),
     "linearizable-memory": Scenario(_lines(1, lambda *_: InMemoryStorage()), 10, 3_000),
     "linearizable-files": Scenario(_lines(2, lambda folder, _: FileStorage(folder)), 10, 3_000),
     "linearizable-documents": Scenario(_lines(2, lambda folder, _: FileStorage(folder, layout="document")), 5, 3_000),
@@ -125,6 +129,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cuts-8.1": Scenario(_beside_valkey(cuts, "8.1"), 30, 10_000),
     "cuts-documents": Scenario(_beside_valkey(cuts, layout="document"), 30, 10_000),
     "outages": Scenario(_beside_valkey(outages), 8, 160),
+    "outages-documents": Scenario(_beside_valkey(outages, layout="document"), 0, 80),
+    "outages-8.1": Scenario(_beside_valkey(outages, "8.1"), 0, 40),
     "failovers": Scenario(failovers, 1, 60),
     "failovers-documents": Scenario(partial(failovers, layout="document"), 0, 20),
     "stops-files": Scenario(_on_files(stopped_clients), 0, 2_000, forks=True),
