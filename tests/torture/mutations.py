@@ -124,7 +124,7 @@ MUTATIONS: Final = {
         3,
     ),
     "an unknown outcome is called not done": Mutation(
-        "storage/valkey/loglayout.py",
+        "storage/valkey/execution.py",
         "        if index in self.unknown:\n            return self._unknown(index, problem)\n",
         "",
         "cuts",

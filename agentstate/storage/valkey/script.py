@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pkgutil import get_data
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from ...operations import (
     LARGEST_KEPT_ANSWER,
@@ -66,6 +66,13 @@ class Conversion(NamedTuple):
     messages: tuple[bytes, ...]
     remembered: tuple[tuple[bytes, bytes], ...]  # earlier commits and their answers
     deadline: float
+
+
+OnContext: TypeAlias = Commit | Query | Lease | Conversion
+"""What the script carries out."""
+
+GROUP: Final = 64
+"""Contexts that one call of the script serves at most: the server does nothing else meanwhile."""
 
 
 def script() -> bytes:
