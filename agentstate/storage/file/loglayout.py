@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
+from ..dispatch import at_once
 from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access
@@ -278,13 +279,14 @@ class LogLayout:
             unit.indexes.append(index)
             unit.operations.append(operation)
         waiting: dict[FileLock, list[_Unit]] = {}
-        for context_id, unit in units.items():
-            if all(isinstance(operation, Query) for operation in unit.operations):
-                unit.outcomes = [_outcome_of(self.outcome_of, operation) for operation in unit.operations]
-                unit.settle_all(settle)
-                continue
-            unit.found = log = self.log_of(context_id)
-            waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
+        with at_once(settle):
+            for context_id, unit in units.items():
+                if all(isinstance(operation, Query) for operation in unit.operations):
+                    unit.outcomes = [_outcome_of(self.outcome_of, operation) for operation in unit.operations]
+                    unit.settle_all(settle)
+                    continue
+                unit.found = log = self.log_of(context_id)
+                waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
         try:
             if waiting:
                 self.access.open(min(unit.operations[0].deadline for units in waiting.values() for unit in units))
@@ -337,8 +339,9 @@ class LogLayout:
                     unit.log.lock.release()
             for lock in held:
                 lock.release()
-        for unit in units:
-            unit.settle_all(settle)
+        with at_once(settle):
+            for unit in units:
+                unit.settle_all(settle)
         return bool(held)
 
     def _give_up_late(self, waiting: dict[FileLock, list[_Unit]], settle: Settle) -> None:
