@@ -18,8 +18,8 @@ from .scenarios import SCENARIOS, run_apart
 
 _SLICES: Final = 20
 _SLICE_TIMEOUT: Final = 1200.0  # seconds; a slice takes half a minute at most where nothing hangs
-_BEGIN: Final = "<!-- the latest run: written by `python -m torture --report` -->\n"
-_END: Final = "<!-- the end of the latest run -->"
+BEGIN: Final = "<!-- the latest run: written by `python -m torture --report` -->\n"
+END: Final = "<!-- the end of the latest run -->"
 
 
 @dataclass
@@ -123,9 +123,9 @@ class LongRun:
 
     def report(self, page: Path) -> None:
         """Write the figures to the page, between the marks."""
-        before, _, rest = page.read_text().partition(_BEGIN)
-        _, _, after = rest.partition(_END)
-        page.write_text(f"{before}{_BEGIN}{self._table()}{_END}{after}")
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(f"{before}{BEGIN}{self._table()}{END}{after}")
 
     def _table(self) -> str:
         total = self.total

@@ -11,6 +11,7 @@ from servers import require_server
 
 from torture.figures import Figures
 from torture.linearizable import READ, Call, is_linearizable
+from torture.longrun import BEGIN, END, LongRun
 from torture.model import Model, Step, Steps
 from torture.mutations import MUTATIONS, how_caught
 from torture.seam import Disk
@@ -60,6 +61,30 @@ def test_figures_survive_their_text() -> None:
     figures = Figures("x", 7, faults=3)
     figures.lose("everything")
     assert Figures.from_json(figures.to_json()) == figures
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
+def test_a_long_run_goes_on_where_it_ended_and_writes_its_page(tmp_path: Path) -> None:
+    state, page = tmp_path / "run.json", tmp_path / "page.md"
+    run = LongRun(7, scale=0.024)
+    run.run(["handlers"], 0.0, state)
+    assert run.progress["handlers"].made == 0
+    run.save(state)
+    again = LongRun.load(state)
+    assert again == run
+    again.run(["handlers"], None, state)
+    assert LongRun.load(state) == again
+    assert again.progress["handlers"].slices == 2
+    figures = again.total
+    assert (figures.faults, figures.calls, figures.clean) == (48, 48, True)
+    page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
+    for _ in range(2):
+        again.report(page)
+        text = page.read_text()
+        assert text.startswith(f"before\n{BEGIN}")
+        assert text.endswith(f"{END}\nafter\n")
+        assert "old" not in text
+        assert text.count("| `handlers` | 2% | 48 | 48 | 0 | 0 | 0 | 0 | 0 |") == 1
 
 
 def test_the_model_answers_as_the_documentation_says() -> None:

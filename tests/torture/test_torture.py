@@ -12,7 +12,7 @@ from torture.scenarios import SCENARIOS, run_apart, run_here
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
 
-NEED_A_SERVER = ("valkey", "cuts", "outages", "linearizable")
+NEED_A_SERVER = ("valkey", "cuts", "outages", "failovers", "linearizable")
 
 
 @pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.short])
@@ -24,3 +24,5 @@ def test_nothing_is_lost_doubled_silent_or_hanging(name: str) -> None:
     figures = run_apart(name, seed, scenario.short) if scenario.forks else run_here(name, seed, scenario.short)
     print(figures)
     assert figures.clean, str(figures)
+    if not figures.faults:
+        pytest.skip("this machine does not let us mount anything")
