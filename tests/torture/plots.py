@@ -148,7 +148,7 @@ class Plot:
                 figures.fail_silently(f"{when}: {problem.path} is damaged: {problem.reason}")
         if error is not None:
             figures.lose(f"{when}: {error}")
-        self._check_files(states, figures, when)
+        self.check_files(states, figures, when)
         return witness
 
     def _look_or_repair(self, witness: Witness, context: SyncConversationContext, when: str) -> StateError | None:
@@ -157,7 +157,7 @@ class Plot:
             error = witness.call(context, REPAIR) or witness.look(context, f"{when}, repaired")
         return error
 
-    def _check_files(self, states: Path, figures: Figures, when: str) -> None:
+    def check_files(self, states: Path, figures: Figures, when: str) -> None:
         """What must not disappear is there, and no debris but one unfinished successor of each file."""
         files = {path.name: path for path in states.iterdir() if path.is_file()}
         if self.keeps is not None and all(path.read_bytes() != self.keeps for path in files.values()):

@@ -30,6 +30,7 @@ from .mounts import mounted_power, small_disk
 from .outages import outages
 from .places import scratch
 from .power import grouped_power, power
+from .repairs import repairs
 from .stops import stopped_clients
 from .troubles import kills_at_calls, system_errors
 from .turns import clock_jumps, turns
@@ -90,6 +91,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "kills-valkey-documents": Scenario(_beside_valkey(kills_of_clients, layout="document"), 0, 1_000, forks=True),
     "kills-at-calls": Scenario(kills_at_calls, 60, 10_000, forks=True),
     "kills-at-calls-documents": Scenario(partial(kills_at_calls, layout="document"), 20, 2_000, forks=True),
+    "repairs": Scenario(repairs, 10, 2_000, forks=True),
     "torn-ends": Scenario(torn_ends, 150, 20_000),
     "torn-documents": Scenario(torn_documents, 100, 5_000),
     "flipped-bits": Scenario(flipped_bits, 600, 200_000),
