@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Outcomes: TypeAlias = list[Outcome | StateError]
 Done: TypeAlias = Callable[[Outcomes], None]
 
-LARGEST_GROUP: Final = 512
+LARGEST_GROUP: Final = 1024
 """Operations; more would make the first of them wait for the last."""
 
 LARGE_GROUP: Final = 128
