@@ -46,18 +46,12 @@ def agentup_document(context_id: str) -> str:
 # --- no space ---------------------------------------------------------------------------------------------------------
 
 
-def run_with_small_files(limit: int, *arguments: str, cwd: Path) -> Ran:
-    """Run a command for which every file is full after so many bytes."""
-
-    def restrict() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+def run_without_space(*arguments: str, cwd: Path) -> Ran:
+    """Run a command for which every file is full before its first byte."""
+    command = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *COMMAND, *arguments]
     done = subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environment(), preexec_fn=restrict, timeout=60, check=False, **pipes
-    )
+        command, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -74,7 +68,7 @@ def run_with_small_files(limit: int, *arguments: str, cwd: Path) -> Ran:
 def test_a_file_that_has_no_space_is_named_and_not_left_half_written(
     some: Path, arguments: list[str], named: str
 ) -> None:
-    assert_one_line(run_with_small_files(40, *arguments, cwd=some), exits.PROBLEM, f"{named}: File too large")
+    assert_one_line(run_without_space(*arguments, cwd=some), exits.PROBLEM, f"{named}: File too large")
     assert [path for path in some.rglob("*") if path.is_file() and path.parent.name != "conversation_states"] == [
         path for path in some.rglob("*") if ".locks" in path.parts and path.is_file()
     ]
