@@ -25,7 +25,7 @@ from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
 from .storage.dispatch import Dispatcher, Job, Outcomes
-from .storage.processors import Home
+from .storage.processors import Home, find_processor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -289,6 +289,9 @@ class _Wait(Job):
             raise cancelled
 
 
+_this_processor = find_processor()
+
+
 class _Port:
     """One event loop's two mailboxes: jobs on their way to the dispatchers, and finished ones on their way back."""
 
@@ -297,7 +300,7 @@ class _Port:
         self.inbox: deque[_Wait] = deque()
         self._woken = False
         self._outbox: dict[Dispatcher, list[Job]] = {}
-        self._home = Home()
+        self._home = Home(_this_processor)
 
     def send(self, dispatcher: Dispatcher, job: Job) -> None:
         """Hand a job over at the end of this pass of the loop, together with all others of the pass."""

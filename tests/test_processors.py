@@ -57,10 +57,9 @@ def test_a_small_group_runs_where_its_loop_runs_and_a_large_one_anywhere() -> No
     assert os.sched_getaffinity(0) == everywhere
 
 
-def test_a_loop_that_moves_about_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_moves_about_is_not_followed() -> None:
     places = iter([0, 1] * 20 + [1] * 10 + [0, 1, 1, 1] + [0] * 10)
-    monkeypatch.setattr(processors, "_getcpu", lambda: next(places))
-    home = processors.Home()
+    home = processors.Home(lambda: next(places))
     assert {home.processor() for _ in range(40)} == {processors.ANYWHERE}
     assert [home.processor() for _ in range(10)] == [processors.ANYWHERE] * 2 + [1] * 8
     assert [home.processor() for _ in range(4)] == [1, 1, 1, 1], "it was elsewhere but once"
@@ -82,9 +81,8 @@ def test_a_thread_that_waits_lends_no_processor() -> None:
 
 
 def test_where_the_processor_is_not_known_threads_run_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "_getcpu", None)
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
-    assert processors.this_processor() == processors.ANYWHERE
+    monkeypatch.setattr("agentstate.aio._this_processor", processors.find_processor())
     storage = Watched()
     asyncio.run(ConversationContext(storage).set_variable("a", "x", 1))
     assert storage.seen == [(1, os.sched_getaffinity(0))]

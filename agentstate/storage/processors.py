@@ -22,8 +22,12 @@ def _nowhere() -> int:
     return ANYWHERE
 
 
-def _find_getcpu() -> Callable[[], int]:
-    """The C library's `sched_getcpu`, where threads take turns at running Python, and it is known who is where."""
+def find_processor() -> Callable[[], int]:
+    """A function that says on which processor it is called: `ANYWHERE` if that cannot be told, or does not matter.
+
+    Call this when a module is imported. Later, another thread may be in the middle of importing what it imports here
+    while the process forks, and the child would wait for that thread for ever.
+    """
     if sys.platform != "linux" or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return _nowhere
     try:
@@ -36,30 +40,20 @@ def _find_getcpu() -> Callable[[], int]:
     return getcpu
 
 
-_getcpu: Callable[[], int] | None = None
-
-
-def this_processor() -> int:
-    """The processor that this thread runs on now; `ANYWHERE` if that cannot be told."""
-    global _getcpu
-    if _getcpu is None:
-        _getcpu = _find_getcpu()
-    return _getcpu()
-
-
 class Home:
     """Where a thread is at home: the processor on which it was found several times in a row."""
 
     _TIMES = 4
 
-    def __init__(self) -> None:
+    def __init__(self, this_processor: Callable[[], int]) -> None:
+        self._this_processor = this_processor
         self._last = ANYWHERE
         self._times = 0  # in a row
         self._home = ANYWHERE
 
     def processor(self) -> int:
         """For the thread itself: its home; `ANYWHERE` while it moves about, when following it would cost the more."""
-        here = this_processor()
+        here = self._this_processor()
         if here != self._last:
             self._last, self._times = here, 0
         self._times += 1
