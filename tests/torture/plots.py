@@ -46,12 +46,13 @@ class Plot:
         self.files: dict[str, bytes] = {}
         self.keeps: bytes | None = None
         """What must not disappear: somebody else's document, or what could not be understood."""
-        # (What is adopted is thrown away with its conversation, so that one is not cleared.)
-        supply = Steps(random, large=random.random() < 0.5, clears=self.kind == "calls")
+        supply = Steps(random, large=random.random() < 0.5, clears=self.kind != "repaired")
         if self.kind == "rewritten":
             self.steps = [Step("set_variable", ("a", supply.content() + "x" * 30_000)) for _ in range(steps)]
         else:
             self.steps = [next(supply) for _ in range(steps)]
+            if self.kind in ("adopted", "found") and random.random() < 0.4:
+                self.steps.insert(random.randrange(3), Step("clear_context", ()))
         if self.kind in ("adopted", "found"):
             self._leave_document(supply)
         elif self.kind == "repaired":
@@ -78,7 +79,8 @@ class Plot:
         }
         data = json.dumps(document, indent=2).encode()
         self.files = {f"{ID}.json": data}
-        if self.options["layout"] == "log":
+        # (What was adopted is thrown away with its conversation.)
+        if self.options["layout"] == "log" and all(step.name != "clear_context" for step in self.steps):
             self.keeps = data
 
     def _damage(self, random: Random) -> None:
