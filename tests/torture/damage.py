@@ -31,6 +31,7 @@ class _Written:
         fsync: str = "",
         layout: str = "log",
         name: str = "alice",
+        telling: bool = False,
     ) -> None:
         self.random = random
         self.folder = folder
@@ -44,7 +45,9 @@ class _Written:
         model = Model()
         made = 0
         while made < steps or len(self.after) < 2:
-            step = next(supply)
+            # (Of a last line that says nothing new, nobody could tell that it is gone.)
+            last = made == steps - 1
+            step = Step("add_to_history", ("user", supply.content())) if last and telling else next(supply)
             perform(context, name, step)
             before = set(model.history)
             model = model.after(step)[0]
@@ -133,7 +136,7 @@ def flipped_bits(random: Random, rounds: int, figures: Figures) -> None:
         while figures.faults < rounds:
             number += 1
             large = number % 3 == 0
-            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large)
+            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large, telling=True)
             bits = range(8 * len(written.data))
             chosen = list(bits) if not large and len(bits) <= rounds else random.sample(bits, min(len(bits), 2000))
             newlines = [8 * index + bit for index, byte in enumerate(written.data) if byte == 10 for bit in range(8)]
