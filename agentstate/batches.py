@@ -143,7 +143,7 @@ class Turn(Batch):
         self.token = os.urandom(12).hex()
         give_up = time.monotonic() + self._timeout
         pause = 0.002
-        unanswered = False
+        taken = unanswered = False
         try:
             while True:
                 unanswered = True
@@ -159,14 +159,14 @@ class Turn(Batch):
                     )
                 yield Sleep(min(pause, left))
                 pause = min(pause * 1.5, 0.1)
+            self._renewal = keep_renewing(self._caller.storage, self._lease_step("renew"))
         except BaseException as error:
             self._open = False
-            if unanswered and isinstance(error, GeneratorExit | StateOutcomeUnknownError):
+            if taken or (unanswered and isinstance(error, GeneratorExit | StateOutcomeUnknownError)):
                 self._give_back()  # it may be held, though nobody heard of it
             raise
         if track:
             held_turns.set((*held_turns.get(), HeldTurn(self._caller, self._context_id, self.token)))
-        self._renewal = keep_renewing(self._caller.storage, self._lease_step("renew"))
 
     def _end(self, failed: bool) -> Calls[None]:
         """Commit what was collected, with the fence, unless the block failed; give the lease back in any case."""

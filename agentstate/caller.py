@@ -7,12 +7,26 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import count
-from math import inf, isfinite
+from math import inf
 
 from . import codec
 from .errors import StateAccessError
 from .keys import check_context_id, check_user_id
-from .operations import Append, Change, Commit, Increment, Operation, Own, Put, Query, Space, Trim, Window
+from .operations import (
+    LONGEST,
+    MOST,
+    Append,
+    Change,
+    Commit,
+    Increment,
+    Operation,
+    Own,
+    Put,
+    Query,
+    Space,
+    Trim,
+    Window,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -252,12 +266,12 @@ def natural(option: str, value: int) -> int:
         raise TypeError(f"{option} is a whole number, not {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{option} must not be negative, and is {value}")
-    return value
+    return min(value, MOST)
 
 
 def positive(option: str, value: float, *, zero: bool = False, unit: str = "seconds") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{option} is a number of {unit}, not {type(value).__name__}")
-    if not isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not 0 <= value < inf or (value == 0 and not zero):
         raise ValueError(f"{option} is a {'' if zero else 'positive '}number of {unit}, not {value!r}")
-    return value
+    return min(value, LONGEST)

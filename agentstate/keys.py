@@ -57,13 +57,17 @@ def check_context_id(context_id: Any) -> str:
 
 def check_user_id(user_id: Any) -> str:
     """`user_id`, if it can be the owner of a context: text, not empty. Raises StateConfigError."""
-    if not isinstance(user_id, str) or not user_id or "\0" in user_id:
-        raise StateConfigError(f"a user id is text that is not empty, not {user_id!r}")
+    return _check_name("a user id", user_id)
+
+
+def _check_name(what: str, name: Any) -> str:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise StateConfigError(f"{what} is text that is not empty, not {name!a}")
     try:
-        user_id.encode()
+        name.encode()
     except UnicodeEncodeError:
-        raise StateConfigError(f"the user id {user_id!a} is not valid Unicode") from None
-    return user_id
+        raise StateConfigError(f"{what} is valid Unicode, which {name!a} is not") from None
+    return name
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -119,10 +123,10 @@ class KeySpace:
     """
 
     def __init__(self, prefix: str) -> None:
-        outside = re.sub(r"\{[^{}]+\}", "", prefix, count=1)
-        if not prefix or "\0" in prefix or "{" in outside or "}" in outside:
+        outside = re.sub(r"\{[^{}]+\}", "", _check_name("key_prefix", prefix), count=1)
+        if "{" in outside or "}" in outside:
             raise StateConfigError(
-                f"key_prefix {prefix!r} is empty, or holds braces that are not one hash tag like '{{agents}}:state:'"
+                f"key_prefix {prefix!r} holds braces that are not one hash tag like '{{agents}}:state:'"
             )
         self.prefix = prefix
         self._tagged = outside != prefix

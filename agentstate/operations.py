@@ -19,6 +19,12 @@ else:
 
 NEVER: Final = float("inf")
 
+LONGEST: Final = 3.2e9
+"""Seconds, a hundred years: who asks for more gets this, which every clock, lock and server can still count."""
+
+MOST: Final = 2**53
+"""Messages: who asks for more gets this, which every server can still count, its scripts included."""
+
 
 Answer: TypeAlias = bytes
 """JSON text of a change's answer; ``b""`` where there is none."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from agentstate import InMemoryStorage, StateOutcomeUnknownError, StateUnavailableError, SyncConversationContext
+from agentstate import (
+    ConversationContext,
+    InMemoryStorage,
+    StateOutcomeUnknownError,
+    StateUnavailableError,
+    SyncConversationContext,
+)
 from agentstate.operations import Append, Commit, Listing, Operation, Query, Window
 from agentstate.storage.base import Settle
 
@@ -192,6 +199,55 @@ def test_a_backend_that_breaks_down_leaves_nobody_waiting() -> None:
         context.get_variable("a", "k")
     with pytest.raises(StateUnavailableError, match="a defect"):
         list(context.list_contexts())
+
+
+@pytest.fixture
+def no_threads() -> Iterator[Callable[[], object]]:
+    """No thread can be started, since none has a place for its stack, until this is called."""
+    usual = threading.stack_size(1 << 47)
+    yield lambda: threading.stack_size(usual)
+    threading.stack_size(usual)
+
+
+def test_without_a_thread_calls_are_not_done_and_later_ones_are(no_threads: Callable[[], object]) -> None:
+    class Waiting(InMemoryStorage):
+        waits = True
+
+    async def calls() -> None:
+        context = ConversationContext(Waiting())
+        for name in "abab":
+            with pytest.raises(StateUnavailableError, match="nothing was done") as caught:
+                await context.set_variable(name, "k", 1)
+            assert caught.value.context_id == name
+        both = await asyncio.gather(context.exists("a"), context.exists("b"), return_exceptions=True)
+        assert {type(error) for error in both} == {StateUnavailableError}
+        no_threads()
+        assert await asyncio.gather(context.exists("a"), context.exists("b")) == [False, False]
+        await context.set_variable("a", "k", 2)
+        assert await context.get_variable("a", "k") == 2
+
+    asyncio.run(calls())
+
+
+def test_without_a_thread_there_is_no_turn_and_later_ones_are_renewed(no_threads: Callable[[], object]) -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    eventually(lambda: all(thread.name != "agentstate-leases" for thread in threading.enumerate()))
+    with pytest.raises(StateUnavailableError, match="renew"), context.turn("a", lease=0.3):
+        raise AssertionError("must not come here")
+    context.set_variable("a", "k", 1)  # is not fenced
+    no_threads()
+    with context.turn("a", lease=1.5) as turn:
+        time.sleep(2)
+        turn.set_variable("k", 2)
+    assert context.get_variable("a", "k") == 2
+
+
+def test_a_lease_for_ever_does_not_keep_others_from_being_renewed() -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    with context.turn("a", lease=1e300), context.turn("b", lease=1.5) as turn:
+        time.sleep(2)
+        turn.set_variable("k", 1)
+    assert context.get_variable("b", "k") == 1
 
 
 def test_a_backend_that_forgets_an_operation_is_found_out() -> None:

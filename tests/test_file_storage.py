@@ -85,6 +85,16 @@ def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
     storage.close()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_a_folder_that_cannot_be_made_is_an_error_that_says_so() -> None:
+    storage = FileStorage("/proc/agentstate/states")
+    with pytest.raises(StateUnavailableError, match="/proc/agentstate") as caught:
+        storage.call(append("alice", 1))
+    assert type(caught.value) is StateUnavailableError
+    assert isinstance(caught.value.__cause__, OSError)
+    storage.close()
+
+
 def test_a_relative_folder_stays_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage = FileStorage("./states")

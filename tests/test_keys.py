@@ -158,10 +158,13 @@ def test_the_names_of_keys_are_contract() -> None:
     assert KeySpace("{t}:").keys("x") == ("{t}:x", "{t}:x{history}", "{t}:x{commits}", "{t}:x{lease}")
 
 
-@pytest.mark.parametrize("prefix", ["", "\0", "a\0", "{", "}", "{}", "{a", "a}", "{a}{b}", "{a}:{", "}{", "{{a}}"])
-def test_a_prefix_that_would_tear_keys_apart_is_refused(prefix: str) -> None:
-    with pytest.raises(StateConfigError, match="key_prefix"):
+@pytest.mark.parametrize(
+    "prefix", ["", None, 5, b"s:", "\ud800", "\0", "a\0", "{", "}", "{}", "{a", "a}", "{a}{b}", "{a}:{", "}{", "{{a}}"]
+)
+def test_a_prefix_that_makes_no_keys_or_would_tear_them_apart_is_refused(prefix: Any) -> None:
+    with pytest.raises(StateConfigError, match="key_prefix") as caught:
         KeySpace(prefix)
+    str(caught.value).encode()
 
 
 def test_the_pattern_finds_the_prefix_and_nothing_else() -> None:

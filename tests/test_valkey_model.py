@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import closing
 from typing import Any
 
 import pytest
+import valkey
 from servers import ValkeyCluster, ValkeySentinel, ValkeyServer
 
 from agentstate.errors import StateError
+from agentstate.keys import KeySpace
 from agentstate.operations import (
     Append,
     Change,
@@ -34,7 +37,7 @@ from agentstate.operations import (
 )
 from agentstate.storage.base import StateStorage
 from agentstate.storage.memory import InMemoryStorage
-from agentstate.storage.valkey import ValkeyStorage
+from agentstate.storage.valkey import ValkeyStorage, loglayout
 
 IDS = ("plain", "bra{ces}", "*")
 KEYS = ("a", "b", "", "v:a", "é")
@@ -121,6 +124,30 @@ class Operations:
             options["expect"] = (chance.choice(KEYS), chance.choice((*VALUES, *[None] * 6)))
         return Commit(context_id, changes, commit_id, **options)
 
+    def frequent(self) -> Commit:
+        """A commit as most are, for which the script has a short way."""
+        chance = self.chance
+        self.commits.append(f"c{len(self.commits)}")
+
+        def written() -> Change:
+            if chance.random() < 0.6:
+                return Append(tuple(self.message() for _ in range(chance.choice([1, 1, 1, 2, 60]))))
+            count = chance.choice([1, 1, 2])
+            space = chance.choice([Space.VARIABLES, Space.METADATA])
+            return Put(space, tuple((chance.choice(KEYS), chance.choice(VALUES)) for _ in range(count)))
+
+        changes = chance.choice(
+            [
+                (written(),),
+                (written(), written()),
+                (written(), written(), written()),
+                (Append((self.message(),)), Trim(chance.choice([1, 3]))),
+                (Increment(chance.choice(KEYS), chance.choice([b"1", b"-7", b"99999999999999"])),),
+                (Drop(chance.choice([Space.VARIABLES, Space.METADATA]), chance.choice(KEYS)),),
+            ]
+        )
+        return Commit(chance.choice(IDS), changes, self.commits[-1], fresh=chance.random() < 0.8)
+
     def change(self) -> Change:
         chance = self.chance
         space = chance.choice([Space.VARIABLES, Space.METADATA])
@@ -204,3 +231,52 @@ def test_they_agree_on_a_cluster(valkey_cluster: ValkeyCluster, key_prefix: str,
 
 def test_they_agree_behind_a_sentinel(valkey_sentinel: ValkeySentinel, key_prefix: str) -> None:
     compare(valkey_sentinel.url, key_prefix, 80, min_replicas=1)
+
+
+def stored(client: valkey.Valkey, key_prefix: str) -> dict[bytes, Any]:
+    """All keys of a store, without what clocks say."""
+    found: dict[bytes, Any] = {}
+    for key in client.scan_iter(match=f"*{key_prefix}*"):
+        kind = client.type(key)
+        content: Any
+        if kind == b"hash":
+            content = client.hgetall(key)
+            expires = -1 if content[b"exp"] == b"" else -(-int(content[b"exp"]) // 1000)
+            names = KeySpace(key_prefix).keys(content[b"id"].decode())
+            assert client.pexpiretime(key) == expires
+            assert client.pexpiretime(names.history) in (expires, -2)  # -2: there is none
+            assert expires <= client.pexpiretime(names.commits)
+            if content[b"exp"] not in (b"", b"%d" % FUTURE):
+                content[b"exp"] = b"later"
+            for field in (b"created", b"updated", b"guard"):
+                content[field] = len(content[field]) > 12 or content[field]
+        elif kind == b"list":
+            content = [re.sub(rb"^([\n\t])\d+", rb"\1", item) for item in client.lrange(key, 0, -1)]
+        else:
+            content = client.get(key)
+        found[key.replace(key_prefix.encode(), b"")] = content, client.pttl(key) > 0
+    return found
+
+
+@pytest.mark.parametrize("ttl", [None, 1000])
+def test_the_short_ways_of_the_script_leave_what_the_general_way_leaves(
+    valkey_server: ValkeyServer, key_prefix: str, ttl: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.randrange(1 << 30)
+    operations = Operations(random.Random(seed))
+    short = ValkeyStorage(valkey_server.url, key_prefix=f"{key_prefix}1:", ttl=ttl)
+    text = loglayout.script()
+    general = text.replace(b"local usual = not late and earlier == 0", b"local usual = false")
+    assert general != text
+    monkeypatch.setattr(loglayout, "script", lambda: general)
+    long = ValkeyStorage(valkey_server.url, key_prefix=f"{key_prefix}2:", ttl=ttl)
+    with closing(short), closing(long), valkey_server.client() as client:
+        for number in range(300):
+            some = [
+                operations.frequent() if operations.chance.random() < 0.6 else operations.one()
+                for _ in range(operations.chance.choice([1, 1, 2, 5, 20]))
+            ]
+            for operation, found, expected in zip(some, perform(short, some), perform(long, some), strict=True):
+                assert found == expected, f"seed {seed}: {operation}"
+            if number % 5 == 4:
+                assert stored(client, f"{key_prefix}1:") == stored(client, f"{key_prefix}2:"), f"seed {seed}"

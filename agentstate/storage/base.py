@@ -9,12 +9,12 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import inf
 from time import monotonic_ns
 
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
-from ..operations import NEVER, Operation, Outcome
+from ..operations import LONGEST, NEVER, Operation, Outcome
 from .dispatch import PENDING, Dispatcher, abandoned
 from .renewal import forget_after_fork
 from .tally import TIMED_ONE_IN, Tally
@@ -206,10 +206,10 @@ def concerns_one_context(error: StateError) -> bool:
 
 
 def positive_seconds(option: str, value: Any) -> float:
-    """`value` as seconds. Raises StateConfigError unless it is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
+    """`value` as seconds, at most `LONGEST`. Raises StateConfigError unless it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
         raise StateConfigError(f"{option} is a positive number of seconds, not {value!r}")
-    return value
+    return min(value, LONGEST)
 
 
 def positive_integer(option: str, value: Any) -> int:

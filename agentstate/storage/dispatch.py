@@ -234,10 +234,7 @@ class Dispatcher:
                 self._busy.discard(key)
                 if key in self._held:
                     self._free(key)
-        sleepers = {job.done() for job in jobs}
-        for sleeper in sleepers:
-            if sleeper is not None:
-                sleeper.wake()
+        _tell(jobs)
 
     # --- the following are called with the lock held ---
 
@@ -248,7 +245,28 @@ class Dispatcher:
             self._work_to_do.notify()
         elif self._workers < self._storage.groups:
             self._workers += 1
-            threading.Thread(target=self._work, name="agentstate-worker", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="agentstate-worker", daemon=True).start()
+            except RuntimeError as error:  # too many threads, too little memory, or the interpreter ends
+                self._workers -= 1
+                if not self._workers:
+                    self._refuse(error)
+
+    def _refuse(self, cause: RuntimeError) -> None:
+        """Give what is queued back as not done, for there is nobody to do it."""
+        refused, self._queue = self._queue, []
+        for job in refused:
+            for index, operation in enumerate(job.operations):
+                error = StateUnavailableError(
+                    f"nothing was done, since no thread could be started: {cause}",
+                    context_id=None if isinstance(operation, Listing) else operation.context_id,
+                )
+                error.__cause__ = cause
+                self._storage.tally.failed(error)
+                job.outcomes[index] = error
+            job.left = 0
+        _tell(refused)
+        self._look_around()
 
     def _take_group(self) -> list[Job]:
         """The jobs to carry out next, none of which has a key that is busy. It may be that there are none."""
@@ -379,6 +397,14 @@ class _Group:
         self._holds = False
         if self._finished:
             self._tell()
+
+
+def _tell(finished: list[Job]) -> None:
+    """Tell all who wait for these jobs."""
+    sleepers = {job.done() for job in finished}
+    for sleeper in sleepers:
+        if sleeper is not None:
+            sleeper.wake()
 
 
 def at_once(settle: Settle) -> AbstractContextManager[None]:

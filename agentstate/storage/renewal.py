@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from ..errors import StateError
+from ..errors import StateError, StateUnavailableError
 from ..operations import Lease, Outcome
 
 TYPE_CHECKING = False
@@ -49,12 +49,17 @@ class _Keeper:
 
     def keep(self, renewal: Renewal) -> None:
         with self._condition:
-            self._renewals.add(renewal)
             if not self._running:
+                try:
+                    threading.Thread(target=self._run, name="agentstate-leases", daemon=True).start()
+                except RuntimeError as error:
+                    raise StateUnavailableError(
+                        f"no thread could be started to renew the lease of a turn: {error}",
+                        context_id=renewal.lease.context_id,
+                    ) from error
                 self._running = True
-                threading.Thread(target=self._run, name="agentstate-leases", daemon=True).start()
-            else:
-                self._condition.notify()
+            self._renewals.add(renewal)
+            self._condition.notify()
 
     def forget(self, renewal: Renewal) -> None:
         with self._condition:

@@ -78,6 +78,19 @@ class HistoryTests(Harness):
         assert [m["content"] for m in context.get_history("a", limit=10)] == list(range(10))
         assert [m["content"] for m in context.get_history("a", limit=11)] == list(range(10))
 
+    def test_any_number_may_be_asked_for(self, context: Context) -> None:
+        fill(context, "a", 5)
+        for much in (2**63, 2**70):
+            assert len(context.get_history("a", limit=much)) == 5
+            assert len(context.get_history("a", limit=much, before=much)) == 5
+            assert len(context.get_history("a", limit=3, before=much)) == 3
+            assert len(list(context.iter_history("a", page_size=much))) == 5
+            state = context.get_state("a", history_limit=much)
+            assert state is not None
+            assert len(state.history) == 5
+            context.trim_history("a", much)
+        assert len(context.pop_history("a", 2**70)) == 5
+
     def test_limit_zero_is_nothing_and_a_negative_one_an_error(self, context: Context) -> None:
         fill(context, "a", 3)
         assert context.get_history("a", limit=0) == []

@@ -215,6 +215,15 @@ class LifetimeTests(Harness):
             assert snapshot.expires is not None
             assert abs(snapshot.expires - snapshot.updated - ttl * 1_000_000) < 2_000
 
+    @pytest.mark.parametrize("much", [1e300, pytest.param(10**400, id="huge")])
+    def test_durations_may_be_longer_than_any_clock_counts(self, connect: Connect, much: float) -> None:
+        context = connect(ttl=much, deadline=much)
+        context.set_variable("a", "x", 1)
+        context.set_variable("a", "x", 2)
+        with context.turn("a", lease=much, timeout=much) as turn:
+            turn.add_to_history("user", "hi")
+        assert context.get_variable("a", "x") == 2
+
     def test_after_close_every_call_is_refused(self, context: Context) -> None:
         context.set_variable("a", "x", 1)
         context.close()

@@ -71,7 +71,7 @@ class Folder:
         except OSError as error:
             raise unavailable(error, "use the storage folder", self.path) from error
 
-    def _make(self, path: str) -> None:
+    def _make(self, path: str, *, has_parent: bool = False) -> None:
         parent = os.path.dirname(path)
         try:
             self.fs.make_folder(path, FOLDER_MODE)
@@ -79,8 +79,10 @@ class Folder:
             if not stat.S_ISDIR(self.fs.follow(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         except FileNotFoundError:
+            if has_parent:  # which takes no folders, as /proc does
+                raise
             self._make(parent)
-            self._make(path)
+            self._make(path, has_parent=True)
         else:
             self._unsynced.add(parent)
 

@@ -565,10 +565,11 @@ class LogLayout:
             with self._logs_lock:
                 if self._syncer is None:
                     this = weakref.ref(self)
-                    self._syncer = threading.Thread(
+                    syncer = threading.Thread(
                         target=_sync_regularly, args=(this, self._stop_syncing), name="agentstate-fsync", daemon=True
                     )
-                    self._syncer.start()
+                    syncer.start()  # where that fails, the next commit tries again
+                    self._syncer = syncer
                     atexit.register(_sync_now, this, _PATIENCE_AT_EXIT)
 
     def sync_dirty(self, deadline: float = NEVER) -> None:
