@@ -57,6 +57,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", "TERM": "xterm-256color", **more}
 
 
+def unmeasured() -> dict[str, str]:
+    """The environment of a command whose coverage cannot be written down: it has no space for it."""
+    return {name: value for name, value in environment().items() if not name.startswith("COVERAGE_PROCESS")}
+
+
 def run(*arguments: str | Path, cwd: Path, stdin: str | bytes = b"", timeout: float = 60, **variables: str) -> Ran:
     """Run a command to its end, with its output in pipes.
 

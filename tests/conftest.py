@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import valkey
@@ -40,6 +41,13 @@ settings.load_profile("tests")
 def pytest_configure() -> None:
     interruptible()
     in_memory()
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A folder on a disk, for what is not the same in memory."""
+    with tempfile.TemporaryDirectory(prefix="agentstate-", dir="/var/tmp" if sys.platform == "linux" else None) as name:
+        yield Path(name)
 
 
 def in_memory() -> None:

@@ -43,15 +43,15 @@ def level(findings: dict[str, Any], subject: str) -> set[str]:
     return {finding[0] for finding in findings[subject]}
 
 
-def test_a_healthy_folder_is_fine(tmp_path: Path) -> None:
-    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+def test_a_healthy_folder_is_fine(disk_path: Path) -> None:
+    with SyncConversationContext(FileStorage(disk_path / "conversation_states")) as context:
         many(context.storage, 10)
-    findings = examine(tmp_path)
+    findings = examine(disk_path)
     assert {name for each in findings.values() for name, _, _ in each} <= {"ok", "note"}
     for subject in ("folder", "operations", "append", "read", "variable", "turn", "durability", "conversations"):
         assert level(findings, subject) == {"ok"}
     assert "10 can be read" in findings["conversations"][0][1]
-    assert run("list", cwd=tmp_path).out.count("\n") == 10  # its own conversation is gone
+    assert run("list", cwd=disk_path).out.count("\n") == 10  # its own conversation is gone
 
 
 def test_nothing_is_written_if_nothing_may_be(tmp_path: Path) -> None:
@@ -286,11 +286,11 @@ def test_other_settings_of_durability_are_told(tmp_path: Path) -> None:
         assert level(examine(tmp_path, "--storage-dir", "x", "-o", f"fsync={fsync}"), "durability") == {"note"}
 
 
-def test_without_colours_it_is_lines_of_fields(tmp_path: Path) -> None:
-    ran = run("doctor", cwd=tmp_path)
+def test_without_colours_it_is_lines_of_fields(disk_path: Path) -> None:
+    ran = run("doctor", cwd=disk_path)
     assert all(len(row) == 4 for row in ran.rows[:-2])
     assert ran.out.endswith("Everything is fine.\n")
-    shutil.rmtree(tmp_path / "conversation_states")
+    shutil.rmtree(disk_path / "conversation_states")
 
 
 def test_a_folder_inside_of_others_that_are_not_there_is_made_later(tmp_path: Path) -> None:

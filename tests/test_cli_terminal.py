@@ -132,10 +132,10 @@ def test_any_width_will_do(some: Path, columns: int) -> None:
         assert "Traceback" not in text
 
 
-def test_stats_and_doctor_are_drawn(some: Path) -> None:
+def test_stats_and_doctor_are_drawn(some: Path, disk_path: Path) -> None:
     text, _ = shown("stats", cwd=some)
     assert "█" in text
-    text, code = shown("doctor", cwd=some)
+    text, code = shown("doctor", cwd=disk_path)
     assert code == 0
     assert "✔" in text
     assert "Everything is fine." in plain(text)

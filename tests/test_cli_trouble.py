@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, Ran, assert_one_line, environment, run
+from commands import COMMAND, Ran, assert_one_line, environment, run, unmeasured
 from stores import many
 
 from agentstate.cli import exits
@@ -50,7 +50,7 @@ def run_without_space(*arguments: str, cwd: Path) -> Ran:
     """Run a command for which every file is full before its first byte."""
     command = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *COMMAND, *arguments]
     done = subprocess.run(
-        command, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, cwd=cwd, env=unmeasured(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -80,7 +80,7 @@ def test_an_exit_code_does_not_depend_on_whether_stderr_can_be_written(some: Pat
     for arguments, code in ((["list", "--frob"], exits.USAGE), (["show", "nobody"], exits.NOT_FOUND), (["list"], 0)):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
-                [*COMMAND, *arguments], cwd=some, env=environment(), stderr=full, stdout=subprocess.DEVNULL, check=False
+                [*COMMAND, *arguments], cwd=some, env=unmeasured(), stderr=full, stdout=subprocess.DEVNULL, check=False
             )
         assert done.returncode == code, arguments
 
