@@ -491,6 +491,7 @@ class TestServers:
         with closing(ValkeyStorage(server.url, key_prefix=key_prefix)) as storage, server.client() as client:
             commit(storage, "a", put("n", b"1"), Append((HI,)), commit_id="one")
             commit(storage, "b", Increment("n", b"1"), commit_id="two")
+            assert storage.call(Lease("b", "take", "held", 30.0)) is True
             client.config_set("maxmemory", "1mb")
             for changes in ((Append((HO,)),), (put("x", b"1"),), (Create("u"),)):
                 with pytest.raises(StateUnavailableError, match="memory") as caught:
@@ -498,6 +499,10 @@ class TestServers:
                 assert type(caught.value) is StateUnavailableError
             with pytest.raises(StateUnavailableError, match="memory"):
                 commit(storage, "new", Append((HO,)))
+            with pytest.raises(StateUnavailableError, match="memory") as caught:
+                storage.call(Lease("a", "take", "token", 30.0))
+            assert type(caught.value) is StateUnavailableError
+            assert storage.call(Lease("b", "release", "held", 30.0)) is True
             assert existing(storage, "a").messages == [HI]
             assert commit(storage, "b", Increment("n", b"1"), commit_id="two") == b"1"
             assert commit(storage, "a", Delete()) == b"true"
@@ -513,8 +518,14 @@ class TestServers:
             with pytest.raises(StateUnavailableError, match="READONLY") as caught:
                 commit(storage, "a", Append((HO,)), deadline=time.monotonic() + 0.3)
             assert type(caught.value) is StateUnavailableError
-            threading.Timer(0.3, lambda: server.client().execute_command("REPLICAOF NO ONE")).start()
-            commit(storage, "a", Append((HO,)))
+            for write in (
+                lambda: commit(storage, "a", Append((HO,))),
+                lambda: storage.call(Lease("a", "take", "token", 30.0)),
+                lambda: storage.call(Lease("a", "release", "token", 30.0)),
+            ):
+                client.execute_command("REPLICAOF 127.0.0.1 1")
+                threading.Timer(0.3, lambda: server.client().execute_command("REPLICAOF NO ONE")).start()
+                assert write() in (b"", True)
             assert existing(storage, "a").messages == [HI, HO]
 
     def test_a_server_that_is_loading_is_waited_for(self, start_valkey: Any, key_prefix: str) -> None:

@@ -417,7 +417,6 @@ local function seldom()
     if holder ~= token and (holder or action ~= 116) then
       return 'f'
     end
-    wrote = true
     if action == 108 then
       call('DEL', keys[k + 3])
     else
