@@ -246,6 +246,10 @@ def _connection_class() -> type[Connection]:
     return QuickConnection if hasattr(libvalkey, "Reader") else Connection
 
 
+# Looked for once, not by each connection: a fork while another thread looks would leave the child waiting for ever.
+_KIND: Final = _connection_class()
+
+
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
     """Let every call on the socket wait for so long at most.
 
@@ -284,11 +288,10 @@ def open_connection(
     from valkey.exceptions import TimeoutError as NoAnswer
     from valkey.retry import Retry
 
-    kind = _connection_class()
     opened: list[tuple[Connection, list[Any]]] = []
 
     def greet(owner: Any) -> None:
-        connection = kind(owner, owner._sock)
+        connection = _KIND(owner, owner._sock)
         connection.deadline = deadline
         opened.append((connection, connection.ask(*greeting)))
 
