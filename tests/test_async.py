@@ -371,3 +371,14 @@ def test_a_call_that_waited_past_its_deadline_is_not_attempted() -> None:
         assert await context.get_history("a") == []
 
     asyncio.run(main())
+
+
+def test_calls_of_several_storages_are_handed_over_in_one_pass_of_the_loop() -> None:
+    async def main() -> None:
+        contexts = [ConversationContext(Threaded()) for _ in range(3)]
+        await asyncio.gather(*(context.add_to_history("a", "user", n) for n, context in enumerate(contexts)))
+        for number, context in enumerate(contexts):
+            assert contents(await context.get_history("a")) == [number]
+            await context.aclose()
+
+    asyncio.run(main())

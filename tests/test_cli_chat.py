@@ -92,6 +92,11 @@ def test_handlers_of_every_kind_answer(here: Path, handler: str, answer: str) ->
     assert (ran.code, ran.out, ran.err) == (0, answer, "")
 
 
+def test_the_folder_of_a_file_may_be_on_the_path_already(here: Path) -> None:
+    ran = run("chat", "agent/handlers.py:plain", "hello", cwd=here, PYTHONPATH=str((here / "agent").resolve()))
+    assert (ran.code, ran.out, ran.err) == (0, "HELLO\n", "")
+
+
 def test_a_conversation_goes_on_at_the_next_run(here: Path) -> None:
     for number in (1, 2, 3):
         assert run("chat", "agent.handlers:blocking", "hi", "--context-id", "a", cwd=here).out == f"{number} in a\n"

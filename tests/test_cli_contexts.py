@@ -139,6 +139,11 @@ def test_the_last_messages_are_shown_alone(store: Store) -> None:
     assert [word in whole for word in ("message 0.", "message 99.", "message 100.", "message 249.")] == [True] * 4
 
 
+def test_nobody_is_shown_as_such(files: Store) -> None:
+    for options in ([], ["--json"]):
+        assert_one_line(files.run("show", "nobody", *options), exits.NOT_FOUND, "nobody")
+
+
 def test_follow_prints_what_other_processes_add(store: Store) -> None:
     store.context.add_to_history("a", "user", "first")
     with started("show", "a", "--follow", "--json", "--interval", "0.05", *store.options, cwd=store.folder) as process:

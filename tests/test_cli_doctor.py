@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import valkey
 from commands import run
-from servers import HOST, ValkeyServer
+from servers import HOST, ValkeyServer, wait_until
 from stores import many
 
 from agentstate.cli import exits
+from agentstate.cli.doctor import _look_for_damage
 from agentstate.cli.doctor_file import look_at_folder
 from agentstate.cli.doctor_valkey import _transport
 from agentstate.context import SyncConversationContext
@@ -237,6 +238,10 @@ def test_a_replica_is_a_problem(tmp_path: Path, start_valkey: Callable[..., Valk
     replica = start_valkey(f"replicaof {HOST} {primary.port}")
     findings = examine(tmp_path, "--url", replica.url, "--read-only", "-o", "deadline=2", code=exits.PROBLEM)
     assert "problem" in level(findings, "server")
+    with primary.client() as client:
+        wait_until(lambda: client.info("replication")["connected_slaves"] == 1, "the replica is connected")
+    findings = examine(tmp_path, "--url", primary.url, "--read-only", "-o", "ttl=60")
+    assert findings["replicas"] == [("ok", "1 connected", "")]
 
 
 def test_missing_permissions_are_told(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
@@ -305,3 +310,10 @@ def test_what_killed_processes_left_is_told(tmp_path: Path) -> None:
         context.set_variable("alice", "x", 1)
     (tmp_path / "conversation_states" / "bob.jsonl.new").write_bytes(b"")
     assert "1 unfinished files of killed processes" in run("doctor", "--read-only", cwd=tmp_path).out
+
+
+def test_a_look_at_conversations_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.cli.doctor._LOOK_FOR", 0.0)
+    storage = InMemoryStorage()
+    many(storage, 250)
+    assert [finding.text for finding in _look_for_damage(storage)] == ["100 of them looked at, all can be read"]

@@ -10,6 +10,7 @@ import pytest
 from commands import environment
 
 from agentstate.cli import exits
+from agentstate.cli.interrupts import take_every_ctrl_c
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -126,3 +127,9 @@ def command():
 as_the_command(command)
 """
     assert run(code, number) == (0, "goes on\n")
+
+
+def test_a_program_that_takes_every_ctrl_c_already_keeps_its_handler() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    take_every_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) == before

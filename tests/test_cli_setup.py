@@ -11,6 +11,7 @@ import pytest
 from commands import assert_one_line, environment, run
 
 from agentstate.cli import exits
+from agentstate.cli.newfiles import NewFile, write_all
 from agentstate.config import load_config
 
 # --- init -----------------------------------------------------------------------------------------------------------
@@ -97,6 +98,13 @@ def test_validate_shows_what_holds(tmp_path: Path) -> None:
         assert ["storage_dir", "./d"] in ran.rows
     document = run("validate", "x.yaml", "--json", cwd=tmp_path).json
     assert (document["valid"], document["settings"]["ttl"], document["section"]) == (True, 60, "state")
+
+
+def test_validate_tells_that_state_management_is_off(tmp_path: Path) -> None:
+    (tmp_path / "agent_config.yaml").write_text("state_management:\n  enabled: false\n  backend: memory\n")
+    ran = run("validate", cwd=tmp_path)
+    assert ran.code == 0
+    assert "switched off" in ran.err
 
 
 def test_validate_without_a_file_says_what_holds(tmp_path: Path) -> None:
@@ -228,3 +236,12 @@ def test_a_skill_goes_into_a_folder(tmp_path: Path) -> None:
     assert "cd skills/new" in ran.err
     assert (tmp_path / "skills" / "new" / "bot.py").exists()
     assert pytest_in(tmp_path / "skills" / "new").returncode == 0
+
+
+def test_a_file_that_cannot_be_made_takes_the_others_with_it(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("precious")
+    with pytest.raises(FileExistsError) as caught:
+        write_all([NewFile(tmp_path / "folder" / "a", "a"), NewFile(tmp_path / "b", "b"), NewFile(tmp_path / "c", "c")])
+    assert caught.value.filename == str(tmp_path / "b")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b"]
+    assert (tmp_path / "b").read_text() == "precious"

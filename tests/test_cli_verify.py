@@ -85,6 +85,9 @@ def test_a_history_that_somebody_else_cut_is_found_on_a_server(
         assert ran.code == exits.CORRUPTED
         assert [each["context_id"] for each in ran.json["damaged"]] == ["a"]
         assert (ran.json["conversations"], ran.json["messages"]) == (1, 10)
+        ran = run("verify", "--repair", *options, cwd=tmp_path)
+        assert ran.code == exits.CORRUPTED
+        assert "no way to repair" in ran.err
 
 
 @pytest.mark.parametrize(

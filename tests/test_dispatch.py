@@ -18,7 +18,7 @@ from agentstate import (
     StateUnavailableError,
     SyncConversationContext,
 )
-from agentstate.operations import Append, Commit, Listing, Operation, Query, Window
+from agentstate.operations import Append, Commit, Delete, Listing, Operation, Query, Window
 from agentstate.storage.base import Settle
 
 
@@ -378,3 +378,45 @@ def test_an_interrupt_while_the_storage_is_taken_leaves_it_usable() -> None:
         for number in range(10):  # more than could be under way at a time
             assert storage.dispatcher.perform([append("a", number)])
     assert moments > 6
+
+
+def test_an_error_of_what_had_to_wait_for_its_context_is_raised() -> None:
+    class Refusing(Gated):
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            super().execute(operations[:0], settle)
+            for index in range(len(operations)):
+                settle(index, StateUnavailableError("not today"))
+
+    storage = Refusing()
+    caught: list[StateUnavailableError] = []
+
+    def work() -> None:
+        try:
+            storage.dispatcher.call(Query("a"))
+        except StateUnavailableError as error:
+            caught.append(error)
+
+    storage.dispatcher.submit((append("a", 1),), lambda outcomes: None)
+    eventually(lambda: storage.calls)
+    thread = threading.Thread(target=work)
+    thread.start()
+    eventually(lambda: storage.dispatcher._held)
+    storage.gate.set()
+    thread.join()
+    assert [str(error) for error in caught] == ["not today"]
+
+
+def test_a_cleanup_goes_on_after_a_conversation_that_cannot_be_deleted() -> None:
+    class Stubborn(InMemoryStorage):
+        def _execute(self, operation: Operation) -> Any:
+            if isinstance(operation, Commit) and operation.context_id == "b" and Delete() in operation.changes:
+                raise StateUnavailableError("not today", context_id="b")
+            return super()._execute(operation)
+
+    storage = Stubborn()
+    context = SyncConversationContext(storage)
+    for name in "abc":
+        context.set_variable(name, "k", 1)
+    with pytest.raises(StateUnavailableError, match="not today"):
+        context.cleanup_old_contexts(max_age_hours=0)
+    assert list(context.list_contexts()) == ["b"]

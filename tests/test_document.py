@@ -838,3 +838,14 @@ def test_the_owner_of_a_document_is_checked(storage: Documents) -> None:
             storage.call(operation)
     assert isinstance(storage.call(Query("a", user="bob", history=Window())), Snapshot)
     assert storage.stored["a"] == changed(user_id="bob")
+
+
+def test_a_store_that_fails_within_a_listing_is_told() -> None:
+    class Failing(Documents):
+        def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
+            raise StateUnavailableError("not today")
+
+    storage = Failing()
+    storage.stored["a"] = b"{}"
+    with pytest.raises(StateUnavailableError, match="not today"):
+        storage.call(Listing(user="alice"))

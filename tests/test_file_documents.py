@@ -338,3 +338,13 @@ def test_documents_of_ours_become_logs_as_well(tmp_path: Path) -> None:
     assert snapshot is not None
     assert (snapshot.revision, snapshot.end) == (7, 7)
     storage.close()
+
+
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_closing_twice_is_closing(tmp_path: Path, layout: str) -> None:
+    storage = FileStorage(tmp_path, layout=layout)
+    assert storage.call(append("a", 1)) == b""
+    storage.close()
+    storage.close()
+    with pytest.raises(StateUnavailableError, match="closed"):
+        storage.call(Query("a"))

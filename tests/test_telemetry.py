@@ -6,7 +6,7 @@ import asyncio
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.semconv.attributes import db_attributes, error_attributes, server_attributes
 from opentelemetry.semconv.metrics.db_metrics import DB_CLIENT_OPERATION_DURATION
 from servers import ValkeyServer
@@ -33,7 +34,8 @@ from agentstate import (
     ValkeyStorage,
     get_context_manager,
 )
-from agentstate.storage.base import StateStorage
+from agentstate.operations import Operation
+from agentstate.storage.base import Settle, StateStorage
 from agentstate.telemetry import instrument
 
 SECRET = "what nobody else is to read"
@@ -371,3 +373,39 @@ print(sorted(name for name in sys.modules if name.startswith("opentelemetry")))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_a_call_about_no_conversation_names_none(telemetry: Telemetry) -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    telemetry.instrument(context)
+    list(context.list_contexts())
+    (span,) = telemetry.spans()
+    assert "gen_ai.conversation.id" not in dict(span.attributes or {})
+
+
+def test_what_is_not_sampled_is_counted_all_the_same(telemetry: Telemetry) -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    tracer_provider = TracerProvider(ALWAYS_OFF)
+    instrument(context, tracer_provider=tracer_provider, meter_provider=telemetry.meter_provider)
+    context.add_to_history("alice", "user", "hi")
+    (point,) = telemetry.points(DB_CLIENT_OPERATION_DURATION)
+    assert point.count == 1
+    tracer_provider.shutdown()
+
+
+def test_a_storage_of_a_third_party_goes_by_the_name_of_its_class() -> None:
+    class DrawerStorage(StateStorage):
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            raise AssertionError("nobody asks it for anything")
+
+    assert DrawerStorage().telemetry_attributes() == {db_attributes.DB_SYSTEM_NAME: "agentstate.drawer"}
+
+
+def test_a_unix_socket_has_no_port() -> None:
+    with closing(ValkeyStorage("unix:///run/valkey.sock?db=3", key_prefix="p:")) as storage:
+        assert storage.telemetry_attributes() == {
+            db_attributes.DB_SYSTEM_NAME: "valkey",
+            db_attributes.DB_NAMESPACE: "3",
+            db_attributes.DB_COLLECTION_NAME: "p:",
+            server_attributes.SERVER_ADDRESS: "/run/valkey.sock",
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -415,3 +416,29 @@ def test_a_disk_that_is_full_ends_the_export() -> None:
     many(source, 1000)
     with pytest.raises(OSError, match="No space"):
         export_contexts(source, Full())
+
+
+def test_an_abandoned_context_whose_first_line_is_bad_is_taken_back_too() -> None:
+    bad = {**LONG, "revision": "x"}
+    report, target = imported(joined(HEADER, bad, NEXT, {"abandoned": "long"}, ALICE, end(1)))
+    assert (report.copied, report.failed, report.damage) == (1, 1, None)
+    assert list(SyncConversationContext(target).list_contexts()) == ["alice"]
+
+
+def test_an_archive_that_ends_within_others_is_told() -> None:
+    report, _ = imported(joined(HEADER, ALICE, HEADER, {**ALICE, "context_id": "bob"}, end(1)))
+    assert report.copied == 2
+    assert "before line 3 without its last line" in str(report.damage)
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_damaged_archive() -> None:
+    class Failing(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            if not line:
+                raise OSError(errno.EIO, "the disk gave up")
+            return line
+
+    target = InMemoryStorage()
+    with pytest.raises(OSError, match="gave up"):
+        import_contexts(Failing(joined(HEADER, ALICE)), target)

@@ -531,6 +531,16 @@ class TestDocumentsOfAgentUp:
                 storage.call(operation)
         assert client.get(f"{key_prefix}a") == document
 
+    def test_its_owner_alone_can_have_a_turn(
+        self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str, document: bytes
+    ) -> None:
+        owned = json.dumps({**json.loads(document), "user_id": "alice"})
+        client.set(f"{key_prefix}a", owned)
+        with pytest.raises(StateAccessError):
+            storage.call(Lease("a", "take", "token", 5.0, user="bob"))
+        assert storage.call(Lease("a", "take", "token", 5.0, user="alice"))
+        assert client.get(f"{key_prefix}a") == owned.encode()
+
     def test_after_clearing_a_new_document_is_welcome(
         self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str, document: bytes
     ) -> None:
@@ -597,6 +607,16 @@ class TestDocumentLayout:
             with pytest.raises(StateConflictError):
                 storage.call(operation)
         assert client.llen(f"{{{key_prefix}a}}:history") == 1
+
+    def test_what_is_no_document_of_its_key_is_not_listed(
+        self, open_storage: Open, client: valkey.Valkey, key_prefix: str
+    ) -> None:
+        storage = open_storage(layout="document")
+        commit(storage, "a", Append((HI,)))
+        commit(open_storage(layout="document", key_prefix=f"{key_prefix}x:"), "b", Append((HI,)))
+        client.lpush(f"{key_prefix}list", "x")
+        client.set(f"{key_prefix}damaged", "{")
+        assert sorted(ids(storage)) == ["a", "damaged"]
 
     def test_a_document_of_this_layout_converts_with_its_remembered_commits(self, open_storage: Open) -> None:
         commit(open_storage(layout="document"), "a", Increment("n", b"3"), commit_id="one")
@@ -700,6 +720,18 @@ class TestConnections:
             with pytest.raises(StateConfigError) as caught:
                 state(storage, "a")
             assert "wrong-x" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+    def test_connections_go_by_the_name_they_are_given(self, open_storage: Open, client: valkey.Valkey) -> None:
+        commit(open_storage(client_name="sentry-7"), "a", Append((HI,)))
+        assert "sentry-7" in {each["name"] for each in client.client_list()}
+
+    def test_any_number_of_contexts_can_be_named(self, open_storage: Open) -> None:
+        layout: Any = open_storage()._layout
+        first = layout.names("c0")
+        for number in range(5000):
+            layout.names(f"c{number}")
+        assert len(layout._names) <= 4096
+        assert layout.names("c0") == first
 
     def test_another_database_is_another_store(self, open_storage: Open) -> None:
         one, two = open_storage(), open_storage(db=1)

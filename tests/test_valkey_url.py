@@ -39,6 +39,7 @@ def test_a_unix_socket_is_a_path() -> None:
     target = read_url("unix:///run/valkey%20a.sock?db=3", {})
     assert (target.kind, target.addresses) == ("unix", (Address("", 0, "/run/valkey a.sock"),))
     assert target.options == {"db": 3}
+    assert str(target.addresses[0]) == "/run/valkey a.sock"
 
 
 def test_a_sentinel_url_names_the_service_and_a_database() -> None:
@@ -49,6 +50,14 @@ def test_a_sentinel_url_names_the_service_and_a_database() -> None:
 def test_credentials_are_unquoted_and_arguments_win() -> None:
     target = read_url("valkey://al%40ice:p%2Fw%3A@h/1?db=2&socket_keepalive=yes", {"db": 3})
     assert target.options == {"username": "al@ice", "password": "p/w:", "db": 3, "socket_keepalive": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("True", True), ("1", True), ("no", False), ("FALSE", False), ("0", False)]
+)
+def test_a_switch_is_on_or_off(text: str, value: bool) -> None:
+    assert read_url(f"valkey://h?socket_keepalive={text}", {}).options == {"socket_keepalive": value}
+    assert read_url("valkey://h", {"socket_keepalive": value}).options == {"socket_keepalive": value}
 
 
 @pytest.mark.parametrize("url", [None, "", "  ", 6379])
