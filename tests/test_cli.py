@@ -64,6 +64,7 @@ def test_help_is_given_without_arguments_and_for_every_command(tmp_path: Path) -
 def test_it_tells_its_version(tmp_path: Path) -> None:
     ran = run("--version", cwd=tmp_path)
     assert re.fullmatch(r"agentstate \S.*\n", ran.out)
+    assert ran.out == f"agentstate {agentstate.__version__}\n"
 
 
 FAILURES: list[tuple[list[str], int, list[str]]] = [

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,15 @@ def test_a_look_at_conversations_ends_after_a_while(monkeypatch: pytest.MonkeyPa
     storage = InMemoryStorage()
     many(storage, 250)
     assert [finding.text for finding in _look_for_damage(storage)] == ["100 of them looked at, all can be read"]
+
+
+def test_more_keys_are_looked_at_than_come_at_once(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+    prefix = f"{{{key_prefix}}}:"  # with a hash tag: then the keys beside a context's state begin with it too
+    with valkey_9.client() as client, closing(ValkeyStorage(valkey_9.url, key_prefix=prefix)) as storage:
+        many(storage, 10)
+        client.mset({f"{prefix}{number}": "{}" for number in range(1500)})
+    findings = examine(
+        tmp_path, "--url", valkey_9.url, "--key-prefix", prefix, "-o", "ttl=60", "--read-only", code=exits.PROBLEM
+    )
+    assert [each[:2] for each in findings["keys"]] == [("note", "1,500 documents by AgentUp")]
+    assert level(findings, "conversations") == {"problem"}

@@ -203,6 +203,19 @@ def test_init_asks_for_what_is_not_given(tmp_path: Path) -> None:
     assert (config.url, config.ttl, config.key_prefix) == ("valkey://server:6380", 7200, "agentup:state:")
 
 
+def test_init_asks_for_nothing_that_was_given(tmp_path: Path) -> None:
+    with terminal("init", "--url", "valkey://server:6380", cwd=tmp_path) as child:
+        child.expect("Key prefix")
+        child.sendline("mine:")
+        child.expect("Seconds")
+        child.sendline("")
+        text, code = ended(child)
+    assert code == 0, text
+    assert "Valkey URL" not in text
+    config = load_config(tmp_path / "agent_config.yaml")
+    assert (config.url, config.ttl, config.key_prefix) == ("valkey://server:6380", None, "mine:")
+
+
 @pytest.mark.parametrize("leave", [interrupt_at_prompt, pexpect.spawn.sendeof])
 def test_init_can_be_left(tmp_path: Path, leave: Callable[[Any], None]) -> None:
     with terminal("init", cwd=tmp_path) as child:

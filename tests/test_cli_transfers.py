@@ -86,6 +86,23 @@ def test_an_export_never_writes_over_a_file_unasked(here: Path) -> None:
     assert (here / "x.jsonl").read_text().startswith('{"agentstate_archive"')
 
 
+def test_an_export_from_a_server_that_is_down_leaves_no_file(tmp_path: Path) -> None:
+    ran = run("export", "x.jsonl", "--url", "valkey://127.0.0.1:1", "-o", "deadline=1", cwd=tmp_path)
+    assert_one_line(ran, exits.UNAVAILABLE, "127.0.0.1:1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_problems_the_first_are_told_and_the_others_counted(tmp_path: Path) -> None:
+    lines = [{"context_id": f"c{number}", "variables": {"n": 1}} for number in range(130)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("import", "x.jsonl", cwd=tmp_path).code == 0
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({**line, "variables": {"n": 2}}) + "\n" for line in lines))
+    ran = run("import", "x.jsonl", cwd=tmp_path)
+    assert ran.code == exits.REFUSED
+    assert len(ran.err.splitlines()) >= 101
+    assert "and 30 more like these" in ran.err
+
+
 def test_some_conversations_can_be_exported(here: Path) -> None:
     lines = run("export", "--id", "owned", "--id", "empty", cwd=here).json_lines
     assert [line.get("context_id") for line in lines] == [None, "owned", "empty", None]

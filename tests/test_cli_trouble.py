@@ -16,6 +16,7 @@ from stores import many
 
 from agentstate.cli import exits
 from agentstate.cli.rows import rows_of
+from agentstate.cli.verify import _damaged, _Seen
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateUnavailableError
 from agentstate.operations import Operation, Query
@@ -212,6 +213,8 @@ def test_a_store_that_goes_away_is_told_once_and_not_for_each_conversation() -> 
         many(storage, 10)
         with pytest.raises(StateUnavailableError, match="went away"):
             list(rows_of(storage))
+        with pytest.raises(StateUnavailableError, match="went away"):
+            list(_damaged(storage, [], _Seen()))
 
 
 # --- Ctrl-C before the command has begun ----------------------------------------------------------------------------

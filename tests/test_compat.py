@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import agentstate
 from agentstate import ConversationContext, InMemoryStorage, StateConflictError, SyncConversationContext
 
 Run = Callable[[str], "subprocess.CompletedProcess[str]"]
@@ -212,3 +213,8 @@ def test_nothing_is_logged_unless_it_is_asked_for(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, "agentstate.context"):
         SyncConversationContext().set_variable("alice", "a", 1)
     assert not caplog.records
+
+
+def test_the_package_names_all_that_it_hands_out() -> None:
+    assert dir(agentstate) == agentstate.__all__
+    assert all(hasattr(agentstate, name) for name in agentstate.__all__)

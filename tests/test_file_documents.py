@@ -340,6 +340,16 @@ def test_documents_of_ours_become_logs_as_well(tmp_path: Path) -> None:
     storage.close()
 
 
+def test_a_large_document_is_converted_as_a_whole(tmp_path: Path) -> None:
+    left_by_agentup(tmp_path, "large", 40_000)
+    storage = FileStorage(tmp_path)
+    storage.call(append("large", "last"))
+    assert (tmp_path / "large.jsonl").stat().st_size > 2 << 20
+    found = texts(FileStorage(tmp_path), "large")
+    assert (len(found), found[0], found[-2:]) == (40_001, "Grüße 0", ["Grüße 39999", "last"])
+    storage.close()
+
+
 @pytest.mark.parametrize("layout", ["log", "document"])
 def test_closing_twice_is_closing(tmp_path: Path, layout: str) -> None:
     storage = FileStorage(tmp_path, layout=layout)

@@ -253,6 +253,23 @@ def test_a_failed_flush_of_the_whole_file_system_makes_the_whole_group_unknown(
     storage.close()
 
 
+def test_a_failed_flush_of_one_file_makes_the_outcomes_of_that_file_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loglayout._Flushing, "all_at_once", lambda self, files: False)
+    between = Between()
+    storage = FileStorage(tmp_path, file_system=between)
+    together(storage, *(append(f"c{number}", 1) for number in range(5)))
+    between.around = fail(errno.EIO, "sync", after=2)
+    operations = [append(f"c{number}", 2) for number in range(5)]
+    outcomes = together(storage, *operations)
+    assert [isinstance(outcome, StateOutcomeUnknownError) for outcome in outcomes].count(True) == 1
+    assert outcomes.count(b"") == 4
+    assert together(storage, *operations) == [b""] * 5
+    assert all(texts(storage, f"c{number}") == ["1", "2"] for number in range(5))
+    storage.close()
+
+
 def test_sync_all_is_only_for_systems_that_tell_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for release, answer in (("5.8.0-arch", True), ("5.7.19", False), ("6.1", True), ("4.19.0", False), ("odd", False)):
         with monkeypatch.context() as patch:

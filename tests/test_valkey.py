@@ -43,6 +43,7 @@ from agentstate.operations import (
     Listing,
     Operation,
     Outcome,
+    Page,
     Pop,
     Put,
     Query,
@@ -733,6 +734,10 @@ class TestConnections:
         assert len(layout._names) <= 4096
         assert layout.names("c0") == first
 
+    def test_a_listing_goes_to_an_end_where_its_server_is_gone(self, storage: ValkeyStorage) -> None:
+        commit(storage, "a", Append((HI,)))
+        assert storage.call(Listing("9000::0")) == Page((), None)  # of a cluster whose last primaries left it
+
     def test_another_database_is_another_store(self, open_storage: Open) -> None:
         one, two = open_storage(), open_storage(db=1)
         commit(one, "a", Append((HI,)))
@@ -810,6 +815,18 @@ class TestServerSettings:
         expiring = ValkeyStorage(server.url, strict=True, ttl=5)
         with closing(expiring), pytest.raises(StateConfigError, match="volatile"):
             state(expiring, "a")
+
+    @pytest.mark.parametrize(("layout", "command"), [("log", "hmget"), ("document", "get")])
+    def test_a_listing_that_is_refused_is_told(self, start_valkey: Any, layout: str, command: str) -> None:
+        server = start_valkey()
+        with closing(ValkeyStorage(server.url, layout=layout)) as storage:
+            commit(storage, "a", Append((HI,)))
+            assert ids(storage) == ["a"]
+        with server.client() as client:
+            client.execute_command(f"ACL SETUSER alice on >pw ~* +@all -{command}")
+        limited = ValkeyStorage(f"valkey://alice:pw@127.0.0.1:{server.port}", layout=layout)
+        with closing(limited), pytest.raises(StateUnavailableError, match="permission"):
+            ids(limited)
 
     def test_a_user_with_few_permissions_can_use_it_and_one_with_fewer_is_told(self, start_valkey: Any) -> None:
         server = start_valkey()

@@ -79,10 +79,9 @@ def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def json_text(value: Any, *, indent: int | None = None, ascii_only: bool | None = None) -> str:
+def json_text(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON that the output can carry."""
-    if ascii_only is None:
-        ascii_only = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    ascii_only = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     return json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=str)
 
 

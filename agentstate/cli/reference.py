@@ -118,9 +118,8 @@ def _command(path: str, command: click.Command) -> str:
     arguments = " ".join(_argument(each) for each in command.params if isinstance(each, click.Argument))
     usage = f"{path} [OPTIONS] {arguments}".rstrip()
     text, _, examples = cleandoc(command.help or "").partition("\b\nExamples:\n")
-    parts = [f"## {path}\n", f"    {usage}\n", text.strip() + "\n"]
-    if examples:
-        parts.append(indent(dedent(examples).strip(), "    ") + "\n")
+    shown = indent(dedent(examples).strip(), "    ")
+    parts = [f"## {path}\n", f"    {usage}\n", text.strip() + "\n", shown + "\n"]
     if command.name in _PICTURED:
         parts.append(f"![What {path} prints](pictures/{command.name}.svg)\n")
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]

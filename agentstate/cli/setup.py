@@ -102,7 +102,8 @@ def section_text(storage: str, options: dict[str, Any]) -> str:
     checked = StateConfig(backend=storage, **options)
     lines = ["# Conversation state. All keys: agentstate validate --keys", "state:", f"  backend: {storage}"]
     for name, value in checked.options().items():
-        lines.append(f"  {name}: {_yaml(_without_secret(value) if name == 'url' else value)}")
+        shown = _without_secret(value) if name == "url" else value
+        lines.append(f"  {name}: {json.dumps(shown, ensure_ascii=False)}")  # JSON is YAML
     if storage == "valkey" and checked.ttl is None:
         lines.append("  # ttl: 7200  # seconds; without it conversations are kept forever")
     return "\n".join(lines) + "\n"
@@ -111,13 +112,6 @@ def section_text(storage: str, options: dict[str, Any]) -> str:
 def _without_secret(url: str) -> str:
     """The URL as it may be written into a file: behind a variable that overrides it, and never with a password."""
     return "${" + (_URL_VARIABLE if redact_url(url) != url else f"{_URL_VARIABLE}:{url}") + "}"
-
-
-def _yaml(value: Any) -> str:
-    """A value as YAML: JSON is YAML, and a plain text needs no quotes."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, ensure_ascii=False)
 
 
 # --- validate -------------------------------------------------------------------------------------------------------

@@ -189,7 +189,11 @@ class CommitTests(Harness):
             batch.set_variable("x", 1)
         with pytest.raises(StateConflictError):
             batch.set_variable("x", 2)
-        assert context.get_variables("a") == {"x": 1}
+        with batch:
+            batch.set_variable("y", 3)
+            with pytest.raises(StateConflictError), batch:
+                batch.set_variable("y", 4)
+        assert context.get_variables("a") == {"x": 1, "y": 3}
 
     @pytest.mark.parametrize("name", WRITES)
     def test_a_commit_with_a_remembered_id_is_not_applied_again(self, context: Context, name: str) -> None:
