@@ -16,7 +16,7 @@ from commands import COMMAND, assert_one_line, environment, run, started, until
 from stores import many
 
 import agentstate.cli
-from agentstate.cli import exits, reference
+from agentstate.cli import console, exits, reference
 from agentstate.cli.app import cli
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateError
@@ -346,3 +346,24 @@ def test_the_documentation_is_what_the_commands_say() -> None:
 def test_the_console_script_and_the_module_are_the_same(tmp_path: Path) -> None:
     assert callable(agentstate.cli.main)
     assert json.loads(run("validate", "--schema", cwd=tmp_path).out)["title"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (5e9, "5.0 GB"), (7e15, "7000.0 TB")],
+)
+def test_sizes_are_for_people(size: float, text: str) -> None:
+    assert console.size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        ("2026-01-31T13:00:00.5+01:00", "2026-01-31 12:00:00"),
+        ("2026-01-31T12:00:00", "2026-01-31 12:00:00"),
+        ("yester\x1b[31mday", "yester\\x1b[31mday"),
+        ("", ""),
+    ],
+)
+def test_times_are_for_people_and_what_is_none_is_harmless(stored: str, text: str) -> None:
+    assert console.clock_text(stored) == text

@@ -420,3 +420,21 @@ def test_a_cleanup_goes_on_after_a_conversation_that_cannot_be_deleted() -> None
     with pytest.raises(StateUnavailableError, match="not today"):
         context.cleanup_old_contexts(max_age_hours=0)
     assert list(context.list_contexts()) == ["b"]
+
+
+def test_an_interrupt_while_several_operations_are_executed_is_raised_and_frees_the_context() -> None:
+    class Interrupted(InMemoryStorage):
+        waits = True
+        interrupts = 1
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            super().execute(operations, settle)
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+
+    storage = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        storage.dispatcher.perform((append("a", 1), append("a", 2)))
+    assert storage.dispatcher.perform((append("a", 3), append("a", 4))) == [b"", b""]
+    assert SyncConversationContext(storage).count_history("a") == 4

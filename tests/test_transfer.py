@@ -163,6 +163,17 @@ def test_replace_writes_over_what_is_different(store: Stores, to: str, name: str
     assert comparable(whole(target, name)) == comparable(whole(source, name))
 
 
+def test_a_long_context_of_which_a_message_differs_is_replaced() -> None:
+    source, target = InMemoryStorage(), InMemoryStorage()
+    fill(source, contexts=0, long=3000)
+    assert migrate(source, target).complete
+    target._contexts["long"].messages[1500] = b'{"role":"user","content":"another"}'
+    assert migrate(source, target, replace=True, dry_run=True).copied == 1
+    assert whole(target, "long") != whole(source, "long")
+    assert migrate(source, target, replace=True).copied == 1
+    assert whole(target, "long") == whole(source, "long")
+
+
 @pytest.mark.parametrize("change", ["user_id", "created", "updated", "revision", "start", "variables", "messages"])
 def test_every_difference_counts(change: str) -> None:
     source, target = InMemoryStorage(), InMemoryStorage()

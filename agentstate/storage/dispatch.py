@@ -155,7 +155,7 @@ class Dispatcher:
                     self._groups -= 1
                     self._busy.discard(key)
                     if key in self._held:
-                        self._free(key)
+                        self._queue_held(key)
                     if self._queue or self._draining:
                         self._look_around()
 
@@ -233,7 +233,7 @@ class Dispatcher:
                         continue
                 self._busy.discard(key)
                 if key in self._held:
-                    self._free(key)
+                    self._queue_held(key)
         _tell(jobs)
 
     # --- the following are called with the lock held ---
@@ -291,11 +291,10 @@ class Dispatcher:
             self._wake_a_worker()
         return group
 
-    def _free(self, key: str | int) -> None:
-        self._busy.discard(key)
-        if key in self._held:
-            self._queue[:0] = self._held.pop(key)
-            self._wake_a_worker()
+    def _queue_held(self, key: str | int) -> None:
+        """Queue the jobs that were held back for a key, which is free now."""
+        self._queue[:0] = self._held.pop(key)
+        self._wake_a_worker()
 
     def _look_around(self) -> None:
         """After a group: is there somebody to wake?"""
