@@ -351,6 +351,32 @@ def test_a_large_document_is_converted_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["log", "document"])
+def test_many_listings_go_on_side_by_side(tmp_path: Path, layout: str) -> None:
+    storage = FileStorage(tmp_path, layout=layout)
+    names = [f"c{number:02}" for number in range(30)]
+    together(storage, *(append(name, 1) for name in names))
+    pages = [storage.call(Listing(size=size)) for size in range(1, 20)]
+    for size, page in enumerate(pages, 1):
+        assert isinstance(page, Page)
+        following = storage.call(Listing(page.cursor or "", size=100))
+        assert isinstance(following, Page)
+        assert [*page.context_ids, *following.context_ids] == names
+        assert len(page.context_ids) == size
+    storage.close()
+
+
+def test_a_folder_whose_own_folder_became_a_file_is_unavailable(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path / "parent" / "store")
+    storage.call(append("a", 1))
+    (tmp_path / "parent").rename(tmp_path / "elsewhere")
+    (tmp_path / "parent").write_text("")
+    for operation in (Query("nobody"), Listing()):
+        with pytest.raises(StateUnavailableError, match="folder"):
+            storage.call(operation)
+    storage.close()
+
+
+@pytest.mark.parametrize("layout", ["log", "document"])
 def test_closing_twice_is_closing(tmp_path: Path, layout: str) -> None:
     storage = FileStorage(tmp_path, layout=layout)
     assert storage.call(append("a", 1)) == b""
