@@ -78,10 +78,11 @@ def test_a_file_that_has_no_space_is_named_and_not_left_half_written(
 
 @LINUX
 def test_an_exit_code_does_not_depend_on_whether_stderr_can_be_written(some: Path) -> None:
+    buffered = {**unmeasured(), "PYTHONUNBUFFERED": ""}
     for arguments, code in ((["list", "--frob"], exits.USAGE), (["show", "nobody"], exits.NOT_FOUND), (["list"], 0)):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
-                [*COMMAND, *arguments], cwd=some, env=unmeasured(), stderr=full, stdout=subprocess.DEVNULL, check=False
+                [*COMMAND, *arguments], cwd=some, env=buffered, stderr=full, stdout=subprocess.DEVNULL, check=False
             )
         assert done.returncode == code, arguments
 

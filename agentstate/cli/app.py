@@ -14,7 +14,7 @@ import click
 from ..errors import StateConfigError, StateError
 from . import chat, completion, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
 from .completion import COMPLETION_VARIABLE
-from .console import fail, help_if_alone, prepare_streams
+from .console import fail, give_up, help_if_alone, prepare_streams
 from .version import own_version
 
 _NAME = "agentstate"
@@ -129,8 +129,7 @@ def _os_error_text(error: OSError) -> str:
 
 
 def _give_up_output() -> None:
-    """Keep the interpreter from complaining at its end about output that nobody takes."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up(sys.stdout)

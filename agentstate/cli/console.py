@@ -14,10 +14,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TextIO
 
 from ..urls import redact_url
 from .exits import USAGE
@@ -148,8 +148,15 @@ def line(text: str = "", style: str = "", *, end: str = "\n") -> None:
 
 def note(text: str) -> None:
     """Tell the person at the terminal something that does not belong into the output."""
-    with suppress(OSError):  # where stderr cannot be written, the exit code still tells
+    try:
         print(harmless(text), file=sys.stderr, flush=True)
+    except OSError:  # the exit code still tells
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """Keep the interpreter from failing at its end for what nobody takes of a stream."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(text: str) -> None:
