@@ -12,6 +12,7 @@ from filetools import Between, append, clear, commit, lines, logs, look, message
 from agentstate import FileStorage
 from agentstate.errors import StateCorruptedError, StateSerializationError
 from agentstate.operations import Append, Increment, Pop, Put, Query, Restore, Space, Trim, Window
+from agentstate.storage.file.logfile import _pieces
 from agentstate.storage.file.logformat import fields, is_sealed, seed_of
 
 
@@ -371,3 +372,10 @@ def test_a_restored_context_begins_at_its_position(tmp_path: Path) -> None:
     storage.call(append("fork", 3))
     assert texts(FileStorage(tmp_path), "fork") == ["1", "2", "3"]
     storage.close()
+
+
+def test_lines_are_joined_to_pieces_of_a_mebibyte_and_a_rest() -> None:
+    half, rest = b"h" * (1 << 19), b"r"
+    assert list(_pieces([half] * 4)) == [half * 2] * 2
+    assert list(_pieces([half] * 3 + [rest])) == [half * 2, half + rest]
+    assert list(_pieces([])) == []

@@ -105,10 +105,9 @@ class DocumentFiles(DocumentStorage):
             _logger.warning("%s could not be tidied: %s", folder.path, error)
 
     def close(self) -> None:
-        if not self.closed:
-            deadline = time.monotonic() + self.deadline
-            super().close()
-            self._access.close(deadline)
+        deadline = time.monotonic() + self.deadline
+        super().close()
+        self._access.close(deadline)
 
     def _after_fork(self) -> None:
         super()._after_fork()
