@@ -14,7 +14,7 @@ from agentstate import ConversationContext, InMemoryStorage, SyncConversationCon
 from agentstate.operations import Operation
 from agentstate.storage import processors
 from agentstate.storage.base import Settle
-from agentstate.storage.dispatch import LARGE_GROUP
+from agentstate.storage.dispatch import LARGE_GROUP, LONELY
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
@@ -46,10 +46,14 @@ def test_a_small_group_runs_where_its_loop_runs_and_a_large_one_anywhere() -> No
             os.sched_setaffinity(0, {processor})
             try:
                 for number in range(5):
-                    await context.set_variable("a", "x", number)
+                    await asyncio.gather(*(context.set_variable(name, "x", number) for name in ("a", "b")))
             finally:
                 os.sched_setaffinity(0, everywhere)
-            assert storage.seen.pop() == (1, {processor})
+            assert storage.seen.pop() == (2, {processor})
+        for number in range(LONELY + 1):
+            assert storage.seen.pop()[1] != everywhere, "one lonely call is no reason to move"
+            await context.set_variable("a", "x", number)
+        assert storage.seen.pop() == (1, everywhere)
         await asyncio.gather(*(context.set_variable(f"c{number}", "x", 1) for number in range(LARGE_GROUP)))
         assert storage.seen.pop() == (LARGE_GROUP, everywhere)
 

@@ -41,6 +41,10 @@ LARGEST_GROUP: Final = 1024
 LARGE_GROUP: Final = 128
 """Jobs; where there is so much to do, it does not matter where, and two processors do more than one."""
 
+LONELY: Final = 3
+"""After so many groups of one job, a worker need not be near the loop any more: both sleep between the steps of such a
+call, and each wakes sooner on a processor of its own."""
+
 PENDING: Final[Any] = object()
 """Stands for an outcome that is not known yet (None is one: an absent context)."""
 
@@ -308,6 +312,7 @@ class Dispatcher:
     def _work(self) -> None:
         """A worker thread: takes one group after the other."""
         seat = Seat()
+        lonely = 0  # groups of one job, in a row
         while True:
             with self._lock:
                 while not self._queue or self._groups >= self._storage.groups:
@@ -319,7 +324,11 @@ class Dispatcher:
                         return
                 group = self._take_group()
             if group:
-                seat.move(self._processor if len(group) < LARGE_GROUP else ANYWHERE)
+                lonely = lonely + 1 if len(group) == 1 else 0
+                if len(group) >= LARGE_GROUP or lonely > LONELY:
+                    seat.move(ANYWHERE)
+                elif not lonely:
+                    seat.move(self._processor)
                 together = _Group(self, group)
                 try:
                     self._execute(together.operations, together.outcomes, together.settle)
