@@ -164,30 +164,39 @@ def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthori
         yield proxy
 
 
-EXHAUSTIVE = (
-    "tests/torture/",
-    "tests/test_cli",
-    "tests/test_config_hostile.py",
-    "tests/test_contract.py::TestFileDocument",
-    "tests/test_contract.py::TestFileLogExclusive",
-    "tests/test_contract.py::TestFileLogUnflushed",
-    "tests/test_contract.py::TestValkeyDocument",
-    "tests/test_docs.py",
-    "tests/test_document.py",
-    "tests/test_file_faults.py",
-    "tests/test_file_format.py",
-    "tests/test_file_model.py",
-    "tests/test_servers.py",
-    "tests/test_third_party.py",
-    "tests/test_transfer",
-    "tests/test_valkey_faults.py",
-    "tests/test_valkey_model.py",
-    "tests/test_valkey_topology.py",
-)
+EXHAUSTIVE = {
+    "": (
+        "tests/test_cli",
+        "tests/test_config_hostile.py",
+        "tests/test_docs.py",
+        "tests/test_document.py",
+        "tests/test_servers.py",
+    ),
+    "contracts": (
+        "tests/test_contract.py::TestFileDocument",
+        "tests/test_contract.py::TestFileLogExclusive",
+        "tests/test_contract.py::TestFileLogUnflushed",
+        "tests/test_contract.py::TestValkeyDocument",
+        "tests/test_third_party.py",
+    ),
+    "faults": (
+        "tests/test_file_faults.py",
+        "tests/test_file_format.py",
+        "tests/test_file_model.py",
+        "tests/test_transfer",
+        "tests/test_valkey_faults.py",
+        "tests/test_valkey_model.py",
+        "tests/test_valkey_topology.py",
+        "tests/torture/",
+    ),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what one Python is enough for."""
+    """Mark what one Python is enough for, and which part of it that is."""
     for item in items:
-        if item.nodeid.startswith(EXHAUSTIVE):
-            item.add_marker(pytest.mark.exhaustive)
+        for part, beginnings in EXHAUSTIVE.items():
+            if item.nodeid.startswith(beginnings):
+                item.add_marker(pytest.mark.exhaustive)
+                if part:
+                    item.add_marker(part)
