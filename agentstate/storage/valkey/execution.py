@@ -49,7 +49,8 @@ class Execution:
     """One run of `execute`: attempts until every operation is settled."""
 
     __slots__ = (
-        "asking", "final", "floors", "given", "layout", "now", "operations", "problem", "scripted", "settle", "unknown",
+        "asking", "final", "floors", "given", "last", "layout", "now", "operations", "problem", "scripted", "settle",
+        "unknown",
     )  # fmt: skip
 
     def __init__(self, layout: LogLayout, operations: Sequence[OnContext], settle: Settle) -> None:
@@ -62,6 +63,9 @@ class Execution:
         self.scripted: set[int] = set()  # queries that plain commands could not answer
         self.asking: dict[int, Address] = {}  # index to the server that takes over its slot at this moment
         self.problem: Exception | None = None  # why the last attempt did not settle everything
+        self.last: Exception | None = (
+            None  # the last problem of all attempts: one that came too late has none of its own
+        )
         self.now = 0  # the server's time, as of the last answer
         self.final = 0.0  # the deadline of operations that have none of their own
 
@@ -125,6 +129,7 @@ class Execution:
         """Until when an attempt may take, and what there still is time for; all others are settled."""
         now = monotonic()
         problem, self.problem = self.problem, None
+        self.last = problem or self.last
         if not self.final:
             self.final = now + self.layout.deadline
         end = now + ATTEMPT
@@ -134,7 +139,7 @@ class Execution:
             if deadline == NEVER:
                 deadline = self.final
             if deadline <= now + (needed if problem is not None else 0.0):
-                self.settle(index, self._timed_out(index, problem))
+                self.settle(index, self._timed_out(index, self.last))
                 continue
             ready.append(index)
             if deadline < end:
