@@ -2,7 +2,8 @@
 
 The interpreter lets one thread run Python at a time. If the other one sits on another processor, each change between
 them is an interrupt there, a processor that wakes up, and caches that know nothing of the call: with ten to fifty
-calls at a time that took a third of all the time, and left to itself Linux moves a woken thread to an idle processor.
+calls at a time that took a fifth to a quarter of the time, and left to itself Linux moves a woken thread to an idle
+processor.
 """
 
 from __future__ import annotations
