@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
@@ -24,8 +24,12 @@ from .calllog import observed
 from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
-from .storage.dispatch import Dispatcher, Job, Outcomes
+from .storage.dispatch import Dispatcher
+from .storage.jobs import Job
 from .storage.processors import Home, find_processor
+
+if TYPE_CHECKING:
+    from .storage.jobs import Outcomes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -234,7 +238,7 @@ class _Wait(Job):
     def __init__(self, operations: tuple[Any, ...], dispatcher: Dispatcher) -> None:
         super().__init__(operations)
         self._dispatcher = dispatcher
-        self._port = _port_of_this_loop()
+        self.mailbox = self._port = _port_of_this_loop()
         self._go_on: Callable[[_Wait], object] | None = None  # lets the task go on, if it waits
         self._cancelled: asyncio.CancelledError | None = None
 
@@ -248,7 +252,7 @@ class _Wait(Job):
             # if no handler of a signal has raised in between.
             if not self._port.take_back(self._dispatcher, self) and not self._dispatcher.withdraw(self):
                 # Waits on, however often the task is cancelled. The deadlines of the operations bound the wait.
-                while self.left:
+                while not self.outcomes:
                     self._asyncio_future_blocking = True
                     with suppress(asyncio.CancelledError):
                         yield self
@@ -257,10 +261,6 @@ class _Wait(Job):
                         raise cancelled from outcome
             raise
         return self.outcomes
-
-    def done(self) -> _Port:
-        self._port.inbox.append(self)
-        return self._port
 
     def go_on(self) -> None:
         """Let the task go on. Called by the event loop, as is all that follows, which asyncio wants of a future."""
@@ -338,8 +338,13 @@ class _Port:
                 dispatcher.submit_jobs(jobs)
             raise
 
-    def wake(self) -> None:
-        """Called by worker threads when they have put jobs into the inbox. Wakes the loop once while it is busy."""
+    def deliver(self, jobs: Sequence[_Wait]) -> None:
+        """Called by worker threads."""
+        self.inbox.extend(jobs)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Called after jobs were put into the inbox. Wakes the loop once while it is busy."""
         # No lock: the box is emptied after `_woken` is taken down, so a job that was put in before is seen, and one
         # that is put in after wakes the loop again (at worst once too often).
         if self._woken:
@@ -359,7 +364,7 @@ class _Port:
                 inbox.popleft()
         finally:
             if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
-                self.wake()
+                self._wake()
 
 
 _ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()

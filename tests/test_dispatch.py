@@ -135,9 +135,9 @@ def test_outcomes_known_early_are_delivered_before_the_group_ends() -> None:
 
 
 def _callback(operations: Sequence[Operation], function: Callable[[list[Any]], None]) -> Any:
-    from agentstate.storage.dispatch import _CallBack
+    from agentstate.storage.jobs import CallBack
 
-    return _CallBack(operations, function)
+    return CallBack(operations, function)
 
 
 def test_a_queued_job_can_be_taken_back_and_is_never_executed() -> None:

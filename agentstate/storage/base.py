@@ -15,7 +15,8 @@ from time import monotonic_ns
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
 from ..operations import LONGEST, NEVER, Operation, Outcome
-from .dispatch import PENDING, Dispatcher, abandoned
+from .dispatch import Dispatcher
+from .jobs import PENDING, abandoned
 from .renewal import forget_after_fork
 from .tally import TIMED_ONE_IN, Tally
 
@@ -62,6 +63,12 @@ class StateStorage(ABC):
     shares: ClassVar[int] = 1
     """How many calls of `execute` divide what waits at a time. More than one lets the next be prepared while a server
     carries out the last; for a disk that is flushed, the larger the group the better."""
+
+    says_when_under_way: bool = False
+    """Whether `execute` calls `agentstate.storage.jobs.under_way` when all that it was given is sent (or written), and
+    it will wait. Then one worker carries out group after group, and those who wait for the last one are told when the
+    next is under way, so that the event loop and the server work at the same time. Another one begins where a group
+    takes long."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
-from ..dispatch import at_once
+from ..jobs import at_once
 from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access

@@ -17,8 +17,8 @@ from ...errors import (
     TurnLostError,
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
-from ..dispatch import at_once
 from ..document import Document, parse_document
+from ..jobs import at_once, under_way
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses
 from .nodes import ASKING, Pool, takes_over
@@ -217,6 +217,7 @@ class Execution:
             for group in rest:
                 sent.append(group)
                 connection.send(self._packed(group, stamp))
+            under_way(self.settle)
             for start in range(0, len(reads), GROUP):
                 with at_once(self.settle):
                     for index in reads[start : start + GROUP]:

@@ -70,6 +70,7 @@ class ValkeyStorage(StateStorage):
         keys = KeySpace(key_prefix)
         self._layout: LogLayout | ValkeyDocuments
         if layout == "log":
+            self.says_when_under_way = True
             self._layout = LogLayout(
                 self._servers, keys, ttl=self.ttl, min_replicas=min_replicas, deadline=self.deadline
             )
