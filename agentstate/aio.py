@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Seque
 from contextlib import suppress
 from contextvars import Context
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
@@ -25,7 +25,7 @@ from .errors import StateError, StateOutcomeUnknownError
 from .operations import Commit, Outcome, Query
 from .storage.base import StateStorage
 from .storage.dispatch import Dispatcher
-from .storage.jobs import Job
+from .storage.jobs import Job, key_of
 from .storage.processors import Home, find_processor
 
 if TYPE_CHECKING:
@@ -226,6 +226,9 @@ def _raised(outcome: Outcome | StateError) -> Outcome:
 # --- between an event loop and the dispatchers ----------------------------------------------------------------------
 
 
+_NO_OUTCOMES: Final[Any] = ()
+
+
 class _Wait(Job):
     """A job that a task of an event loop awaits: ``outcomes = await _Wait(operations, dispatcher)``.
 
@@ -236,7 +239,10 @@ class _Wait(Job):
     __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_dispatcher", "_go_on", "_port")
 
     def __init__(self, operations: tuple[Any, ...], dispatcher: Dispatcher) -> None:
-        super().__init__(operations)
+        self.operations = operations
+        self.outcomes: Outcomes = _NO_OUTCOMES
+        first = operations[0]
+        self.key = first.context_id if type(first) is Commit else key_of(first)
         self._dispatcher = dispatcher
         self.mailbox = self._port = _port_of_this_loop()
         self._go_on: Callable[[_Wait], object] | None = None  # lets the task go on, if it waits
@@ -360,7 +366,10 @@ class _Port:
         inbox = self.inbox
         try:
             while inbox:
-                inbox[0].go_on()
+                job = inbox[0]
+                go_on, job._go_on = job._go_on, None
+                if go_on is not None:
+                    job._context.run(go_on, job)
                 inbox.popleft()
         finally:
             if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
