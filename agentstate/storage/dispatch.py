@@ -297,7 +297,7 @@ class Dispatcher:
                 elif not self._wait_for_work():
                     return
                 continue
-            lonely = lonely + 1 if len(group.jobs) == 1 else 0
+            lonely = lonely + 1 if len(group.jobs) == 1 and last is None else 0
             if len(group.jobs) >= LARGE_GROUP or lonely > LONELY:
                 seat.move(ANYWHERE)
             elif not lonely:

@@ -216,6 +216,12 @@ def under_way(settle: Settle) -> None:
         group.under_way()
 
 
+def delays_others(settle: Settle) -> bool:
+    """Whether somebody waits for nothing but that what `execute` was given is under way."""
+    group = _group_of(settle)
+    return group is not None and group.delays_others
+
+
 def _group_of(settle: Settle) -> Group | None:
     group = getattr(settle, "__self__", None)
     return group if type(group) is Group else None

@@ -28,6 +28,7 @@ from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...keys import KeySpace
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Page, Query
 from ..document import parse_document
+from ..jobs import delays_others
 from .execution import Execution
 from .failures import repeat
 from .listing import Listed, chosen, scan_page
@@ -88,7 +89,7 @@ class LogLayout:
             others = [index for index in others if type(operations[index]) is not Listing]
         if others:
             execution = Execution(self, cast(Sequence[OnContext], operations), settle)
-            if len(others) > 1 or not execution.at_once(others[0]):
+            if len(others) > 1 or delays_others(settle) or not execution.at_once(others[0]):
                 execution.run(others)
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
