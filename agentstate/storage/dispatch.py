@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 LARGEST_GROUP: Final = 1024
 """Operations; more would make the first of them wait for the last."""
 
-LARGE_GROUP: Final = 128
-"""Jobs; where there is so much to do, it does not matter where, and two processors do more than one."""
-
 LONELY: Final = 3
 """After so many groups of one job, a worker need not be near the loop any more: both sleep between the steps of such a
 call, and each wakes sooner on a processor of its own."""
@@ -179,6 +176,19 @@ class Dispatcher:
             finally:
                 self._draining -= 1
 
+    def give_up_on(self, group: Group) -> None:
+        """Do not wait any longer for a group to end: let others go ahead, and tell those whose outcomes are known."""
+        with self.lock:
+            if self._expected is not group:
+                return
+            self._expected = None
+            finished = group.be_prompt()
+            if self._queue:
+                self._wake_a_worker()
+        group.under_way()
+        if finished:
+            tell(finished)
+
     def told(self) -> None:
         """Everybody who waited for a group was told."""
         with self.lock:
@@ -219,16 +229,18 @@ class Dispatcher:
         """Give what is queued back as not done, for there is nobody to do it."""
         refused, self._queue = self._queue, []
         for job in refused:
-            for operation in job.operations:
-                error = StateUnavailableError(
-                    f"nothing was done, since no thread could be started: {cause}",
-                    context_id=None if isinstance(operation, Listing) else operation.context_id,
-                )
-                error.__cause__ = cause
-                self.storage.tally.failed(error)
-                job.outcomes.append(error)
+            job.outcomes = [self._not_done(operation, cause) for operation in job.operations]
         tell(refused)
         self._look_around()
+
+    def _not_done(self, operation: Operation, cause: RuntimeError) -> StateError:
+        error = StateUnavailableError(
+            f"nothing was done, since no thread could be started: {cause}",
+            context_id=None if isinstance(operation, Listing) else operation.context_id,
+        )
+        error.__cause__ = cause
+        self.storage.tally.failed(error)
+        return error
 
     def _take_group(self, last: Group | None) -> Group | None:
         """The jobs to carry out next, none of which has a key that is busy. `last`: the group that this worker had
@@ -272,14 +284,6 @@ class Dispatcher:
         elif self._draining and self._is_drained():
             self._drained.notify_all()
 
-    def _lose_patience(self) -> tuple[Group, list[Job]] | None:
-        """The group that is not expected soon any more, if that is so, and its jobs to tell of."""
-        group = self._expected
-        if group is None or monotonic() < group.began + PATIENCE:
-            return None
-        self._expected = None
-        return group, group.be_prompt()
-
     # --- the following are called without it ---
 
     def _work(self) -> None:
@@ -298,7 +302,7 @@ class Dispatcher:
                     return
                 continue
             lonely = lonely + 1 if len(group.jobs) == 1 and last is None else 0
-            if len(group.jobs) >= LARGE_GROUP or lonely > LONELY:
+            if lonely > LONELY:
                 seat.move(ANYWHERE)
             elif not lonely:
                 seat.move(self._processor)
@@ -337,15 +341,12 @@ class Dispatcher:
                 if not woken and not self._queue:
                     self._workers -= 1
                     return False
-                delayed = self._lose_patience()
-                if delayed is not None:
+                expected = self._expected
+                if expected is not None and monotonic() >= expected.began + PATIENCE:
                     break
             else:
                 return True
-        group, finished = delayed
-        group.under_way()
-        if finished:
-            tell(finished)
+        self.give_up_on(expected)
         return True
 
     def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:

@@ -133,6 +133,10 @@ class Group:
             if last is not None:
                 last.tell()
 
+    def hold_up(self) -> None:
+        """This may take long: nobody should wait for this group but those whose outcomes are not known."""
+        self._dispatcher.give_up_on(self)
+
     def be_prompt(self) -> list[Job]:
         """From now on, tell whoever waits as soon as possible. Returns those that are to be told now. With the lock
         held, by any thread, before the end."""
@@ -214,6 +218,13 @@ def under_way(settle: Settle) -> None:
     group = _group_of(settle)
     if group is not None:
         group.under_way()
+
+
+def held_up(settle: Settle) -> None:
+    """To be called by a storage that `says_when_under_way`: before it waits for something that may take its time."""
+    group = _group_of(settle)
+    if group is not None and not group.prompt:
+        group.hold_up()
 
 
 def delays_others(settle: Settle) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
-from ..jobs import at_once
+from ..jobs import at_once, delays_others, held_up, under_way
 from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access
@@ -127,7 +127,7 @@ class LogLayout:
     # --- operations
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
-        if len(operations) > 1:
+        if len(operations) > 1 or delays_others(settle):
             self._execute_group(operations, settle)
             return
         outcome: Outcome | StateError
@@ -289,6 +289,8 @@ class LogLayout:
                 waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
         try:
             if waiting:
+                if not self.access.is_open:
+                    held_up(settle)
                 self.access.open(min(unit.operations[0].deadline for units in waiting.values() for unit in units))
         except StateError as error:
             for unit in (unit for units in waiting.values() for unit in units):
@@ -302,6 +304,7 @@ class LogLayout:
                 continue
             # All that is left is held by others: wait for whatever comes free first, holding nothing meanwhile.
             pause = min(pause * 1.5 + _PAUSE, 0.01)
+            held_up(settle)
             time.sleep(pause)
             self._give_up_late(waiting, settle)
 
@@ -326,6 +329,8 @@ class LogLayout:
                     self._take_in(unit)
                 if len(units) >= self._most_open // 2:
                     break
+            if self.durable:
+                under_way(settle)
             self._flush_units(units)
         except BaseException:  # images may be ahead of their files, or behind them
             for unit in units:

@@ -63,6 +63,7 @@ class FileStorage(StateStorage):
         access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
+            self.says_when_under_way = True
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
         else:
             from .documents import DocumentFiles
