@@ -148,7 +148,10 @@ class Group:
             self._several.update(Counter(job.key for job in self.jobs))
         self._untold = dict(enumerate(self.jobs))
         self.prompt = True  # first: an outcome that is not seen here is one whose `settle` sees this
-        return [job for job in map(self._done, range(len(counts))) if job is not None]
+        done = [job for job in map(self._done, range(len(counts))) if job is not None]
+        if not self._untold:
+            self._note()
+        return done
 
     def _done(self, number: int) -> Job | None:
         """The job of this number, if this call is the first that finds it done. With the lock held."""

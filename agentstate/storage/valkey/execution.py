@@ -18,7 +18,7 @@ from ...errors import (
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
 from ..document import Document, parse_document
-from ..jobs import at_once, under_way
+from ..jobs import at_once, held_up, under_way
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses
 from .nodes import ASKING, Pool, takes_over
@@ -123,6 +123,7 @@ class Execution:
                 now = monotonic()
                 # An attempt with less time than the last one took would fail for that alone, and hide what is wrong.
                 needed = min(now - began, 0.05)
+                held_up(self.settle)
                 sleep(max(0.0, min(end - now, next(waits))))
 
     def _in_time(self, todo: list[int], needed: float) -> tuple[float, list[int]]:
@@ -200,7 +201,10 @@ class Execution:
         """Send everything to one server, read all answers, and settle what they settle."""
         layout = self.layout
         try:
-            connection = pool.acquire(end)
+            connection = pool.acquire_idle(end)
+            if connection is None:
+                held_up(self.settle)
+                connection = pool.acquire(end)
         except (LostConnectionError, ServerError, StateError) as error:
             for group in (reads, *groups):
                 self._failed(error, group, again)
