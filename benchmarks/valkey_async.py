@@ -48,7 +48,9 @@ def appends(run: Run) -> None:
     costs: dict[str, list[float]] = {name: [] for name in clients}
     for concurrency in CONCURRENCY:
         names = [f"conversation-{number}" for number in range(concurrency)]
-        each = max(2, run.size(4000 if concurrency > 1 else 600, 200) // concurrency)
+        # Long enough that beginning and end, where nothing overlaps, do not matter.
+        total = 600 if concurrency == 1 else 4000 if concurrency < 200 else 16_000
+        each = max(2, run.size(total, 200) // concurrency)
         cases = {name: _round(runner, append, names, each) for name, append in clients.items()}
         samples = run.compare(cases, 11)
         for name, line in costs.items():

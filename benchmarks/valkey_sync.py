@@ -11,9 +11,10 @@ from agentstate import SyncConversationContext, ValkeyStorage
 
 from . import floors
 from .measure import TEXT, Run, Samples, benchmark, numbered, repeated
-from .servers import Counter, start_server
+from .servers import Counter, placed, start_server
 
 OURS, RAW = "agentstate", "valkey-py"
+TOGETHER = " (client and server on one processor)"
 
 
 class Operation(NamedTuple):
@@ -43,15 +44,15 @@ def operations(run: Run) -> None:
     counter = Counter(server)
     count = run.size(200, 20)
     for operation in _operations(context, client):
-        samples = run.compare(
-            {
-                OURS: numbered(operation.ours, count, operation.prepare),
-                RAW: numbered(operation.theirs, count, operation.prepare),
-            },
-            15,
-        )
-        work = f"Valkey, sync: {operation.name}"
-        run.row(work, samples, OURS, RAW, at_most=1.3, against=f"valkey-py {operation.command}")
+        cases = {
+            OURS: numbered(operation.ours, count, operation.prepare),
+            RAW: numbered(operation.theirs, count, operation.prepare),
+        }
+        work, command = f"Valkey, sync: {operation.name}", f"valkey-py {operation.command}"
+        with placed(server, together=False):
+            run.row(work, run.compare(cases, 15), OURS, RAW, at_most=1.3, against=command)
+        with placed(server, together=True):
+            run.row(work + TOGETHER, run.compare(cases, 15), OURS, RAW, against=command)
         for number in range(5):
             if operation.prepare is not None:
                 operation.prepare(number)
@@ -130,9 +131,12 @@ def turn(run: Run) -> None:
         "two valkey-py pipelines": repeated(lambda: _piped_turn(client, atomic=True), count),
         "two valkey-py pipelines without MULTI": repeated(lambda: _piped_turn(client, atomic=False), count),
     }
-    samples: Samples = run.compare(cases, 15)
-    run.row("Valkey: agent turn", samples, OURS, "two valkey-py pipelines", at_most=1.3)
-    run.row("Valkey: agent turn", samples, OURS, "two valkey-py pipelines without MULTI")
+    for together in (False, True):
+        with placed(server, together=together):
+            samples: Samples = run.compare(cases, 15)
+        work = "Valkey: agent turn" + (TOGETHER if together else "")
+        run.row(work, samples, OURS, "two valkey-py pipelines", at_most=None if together else 1.3)
+        run.row(work, samples, OURS, "two valkey-py pipelines without MULTI")
     counter = Counter(server)
     read = counter.trips(lambda: context.get_state("turn", history_limit=5))
     both = counter.trips(lambda: one_turn(context))
