@@ -305,6 +305,7 @@ class _Port:
         self.loop = weakref.ref(loop)
         self.inbox: deque[_Wait] = deque()
         self._woken = False
+        self._opening = False  # the tasks whose jobs are done are going on, and make new ones
         self._outbox: dict[Dispatcher, list[Job]] = {}
         self._home = Home(_this_processor)
 
@@ -315,7 +316,7 @@ class _Port:
         if jobs is not None:
             jobs.append(job)
             return
-        if not outbox:
+        if not outbox and not self._opening:
             asyncio.get_running_loop().call_soon(self._send_all)
         outbox[dispatcher] = [job]
 
@@ -363,6 +364,7 @@ class _Port:
 
     def _open_inbox(self) -> None:
         self._woken = False
+        self._opening = True
         inbox = self.inbox
         try:
             while inbox:
@@ -372,6 +374,9 @@ class _Port:
                     job._context.run(go_on, job)
                 inbox.popleft()
         finally:
+            self._opening = False
+            if self._outbox:  # now, not after one more look at what else there is to do
+                self._send_all()
             if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
                 self._wake()
 

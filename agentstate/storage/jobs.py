@@ -211,9 +211,12 @@ def at_once(settle: Settle) -> AbstractContextManager[None]:
 
     Telling them one by one costs a change of threads for each.
     """
+    group = _group_of(settle)
+    if group is not None:
+        return group
     from contextlib import nullcontext
 
-    return _group_of(settle) or nullcontext()
+    return nullcontext()
 
 
 def under_way(settle: Settle) -> None:
