@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import count
 from time import monotonic, monotonic_ns
 
@@ -21,10 +20,12 @@ from .processors import ANYWHERE, Seat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Final
+    from typing import Any, Final, TypeVar
 
     from .base import Settle, StateStorage
     from .jobs import Done, Outcomes
+
+    A = TypeVar("A")
 
 LARGEST_GROUP: Final = 1024
 """Operations; more would make the first of them wait for the last."""
@@ -68,43 +69,42 @@ class Dispatcher:
         """Carry out operations on one context, in this thread if the storage is free, and return their outcomes."""
         outcomes: Outcomes = [PENDING] * len(operations)
 
-        def work() -> None:
+        def work(operations: Sequence[Operation]) -> None:
             began = monotonic_ns()
             try:
                 self._execute(operations, outcomes, outcomes.__setitem__)
             finally:
                 self.storage.tally.note(operations, outcomes, monotonic_ns() - began)
 
-        if self._in_this_thread(key_of(operations[0]), work) is _BUSY:
+        if self._in_this_thread(key_of(operations[0]), work, operations) is _BUSY:
             return self._wait_for((operations,))[0]
         return outcomes
 
     def call(self, operation: Commit | Query) -> Outcome:
         """`perform` for one operation, whose error is raised: with less ado, since most are alone."""
         try:
-            outcome: Outcome | StateError = self._in_this_thread(
-                operation.context_id, partial(self.storage.call, operation)
-            )
+            outcome: Any = self._in_this_thread(operation.context_id, self.storage.call, operation)
         except StateError:
             raise
         except Exception as error:
             raise abandoned(self.storage, operation, error) from error
         if outcome is _BUSY:
             outcome = self._wait_for(((operation,),))[0][0]
-        if isinstance(outcome, StateError):
-            raise outcome
-        return outcome
+            if isinstance(outcome, StateError):
+                raise outcome
+        result: Outcome = outcome
+        return result
 
-    def _in_this_thread(self, key: str | int, work: Callable[[], Any]) -> Any:
-        """`work`, as a group of its own with this key; or `_BUSY` if the storage or the key is."""
+    def _in_this_thread(self, key: str | int, work: Callable[[A], Any], argument: A) -> Any:
+        """`work` on its argument, as a group of its own with this key; or `_BUSY` if the storage or the key is."""
         free = False
         try:  # before the lock: a KeyboardInterrupt right after it would leave the key busy for ever
             with self.lock:
-                free = self._groups < self.storage.groups and not self._queue and key not in self._busy
+                free = not self._queue and key not in self._busy and self._groups < self.storage.groups
                 if free:
                     self._groups += 1
                     self._busy.add(key)
-            return work() if free else _BUSY
+            return work(argument) if free else _BUSY
         finally:
             if free:
                 with self.lock:

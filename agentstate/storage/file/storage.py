@@ -65,11 +65,13 @@ class FileStorage(StateStorage):
         if layout == "log":
             self.says_when_under_way = True
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
+            self._one = self._layout.outcome_of
         else:
             from .documents import DocumentFiles
 
             self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
             self._layout.tally = self.tally
+            self._one = self._layout._outcome_of
 
     @property
     def storage_dir(self) -> str:
@@ -99,10 +101,9 @@ class FileStorage(StateStorage):
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}
 
     def _outcome_of(self, operation: Operation) -> Outcome:
-        layout = self._layout
-        if self.closed or not isinstance(layout, LogLayout) or type(self).execute is not FileStorage.execute:
-            return super()._outcome_of(operation)
-        return layout.outcome_of(operation)
+        if self.closed:
+            self.check_open()
+        return self._one(operation)
 
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""
