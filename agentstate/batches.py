@@ -25,6 +25,7 @@ from .caller import (
 from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
+from .records import new_tuple
 from .storage.renewal import keep_renewing
 
 TYPE_CHECKING = False
@@ -68,7 +69,7 @@ class Batch:
         """Append a message."""
         limit = self._caller.storage.max_value_bytes
         text = codec.message(role, content, metadata, timestamp, context_id=self._context_id, limit=limit)
-        self._record(Append((text,)))
+        self._record(new_tuple(Append, ((text,),)))
 
     def extend_history(self, messages: Iterable[Mapping[str, Any]]) -> None:
         """Append messages."""

@@ -27,6 +27,7 @@ from .operations import (
     Trim,
     Window,
 )
+from .records import new_tuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,18 +160,21 @@ class Caller:
         storage = self.storage
         if storage.max_history is not None and any(type(change) is Append for change in changes):
             changes = (*changes, Trim(storage.max_history))
-        return Commit(
-            context_id,
-            changes,
-            new_commit_id() if commit_id is None else check_commit_id(commit_id),
-            self.user_id,
-            self._fence(context_id) if self._fences or held_turns.get() else None,
-            False,
-            None,
-            None,
-            b"",
-            time.monotonic() + storage.deadline,
-            commit_id is None,
+        return new_tuple(
+            Commit,
+            (
+                context_id,
+                changes,
+                new_commit_id() if commit_id is None else check_commit_id(commit_id),
+                self.user_id,
+                self._fence(context_id) if self._fences or held_turns.get() else None,
+                False,
+                None,
+                None,
+                b"",
+                time.monotonic() + storage.deadline,
+                commit_id is None,
+            ),
         )
 
     def _query(
@@ -180,7 +184,8 @@ class Caller:
         metadata: tuple[str, ...] | None = (),
         history: Window | None = None,
     ) -> Query:
-        return Query(check_context_id(context_id), variables, metadata, history, self.user_id, self._deadline())
+        deadline = time.monotonic() + self.storage.deadline
+        return new_tuple(Query, (check_context_id(context_id), variables, metadata, history, self.user_id, deadline))
 
     def _encode(self, value: Any, name: str, context_id: str) -> bytes:
         return codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
@@ -242,7 +247,8 @@ def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
 
 def put(self: Caller, space: Space, context_id: str, key: str, value: Any) -> Put:
     name = codec.key(key, "key", context_id)
-    return Put(space, ((name, codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)),))
+    text = codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
+    return new_tuple(Put, (space, ((name, text),), False))
 
 
 def entries(self: Caller, context_id: str, values: Mapping[str, Any], what: str) -> tuple[tuple[str, bytes], ...]:

@@ -50,6 +50,7 @@ from .operations import (
     Trim,
     Window,
 )
+from .records import new_tuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def get_state(self: Caller, /, context_id: str, *, history_limit: int | None = N
 
     With `history_limit` only the last so many messages are read; the cost is then the same however long the history.
     """
-    window = Window(limit=count_or_none("history_limit", history_limit))
-    snapshot = yield self._query(context_id, variables=None, metadata=None, history=window)
+    window = new_tuple(Window, (count_or_none("history_limit", history_limit), None, None))
+    snapshot = yield self._query(context_id, None, None, window)
     return None if snapshot is None else _state(context_id, snapshot)
 
 
@@ -204,7 +205,7 @@ def add_to_history(
     """
     limit = self.storage.max_value_bytes
     text = codec.message(role, content, metadata, None, context_id=context_id, limit=limit)
-    yield self._commit(context_id, commit_id, Append((text,)))
+    yield self._commit(context_id, commit_id, new_tuple(Append, ((text,),)))
 
 
 def extend_history(
@@ -224,7 +225,7 @@ def get_history(
     `before`: only messages before this position, for paging backwards. Raises ValueError for a negative `limit`.
     Costs the same for any length of the history if `limit` is given (and the page is near one of its ends).
     """
-    window = Window(limit=count_or_none("limit", limit), before=count_or_none("before", before))
+    window = new_tuple(Window, (count_or_none("limit", limit), count_or_none("before", before), None))
     snapshot = yield self._query(context_id, history=window)
     return [] if snapshot is None else _messages(snapshot)
 

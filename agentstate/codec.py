@@ -38,11 +38,13 @@ def _encoder() -> Callable[[Any], str]:
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # a Python without it
         return json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
-    chunks = make(None, None, _quoted, None, ":", ",", False, False, False)
+    chunks = make(None, None, quoted, None, ":", ",", False, False, False)
     return lambda plain: "".join(chunks(plain, 0))
 
 
-_quoted: Callable[[str], str] = json.encoder.encode_basestring  # text to JSON text
+quoted: Callable[[str], str] = json.encoder.encode_basestring
+"""The JSON text of a text."""
+
 json_text = _encoder()
 """The JSON text of a value of JSON's own types; what else it is given is a TypeError, or text that is not JSON."""
 
@@ -132,7 +134,9 @@ def message(
     more = dict(metadata) if metadata else {}
     try:
         said = _json(more) if more else "{}"
-        text = f'{{"role":{_json(role)},"content":{_json(content)},"timestamp":"{at}","metadata":{said}}}'.encode()
+        who = quoted(role) if type(role) is str else _json(role)
+        what = quoted(content) if type(content) is str else _json(content)
+        text = f'{{"role":{who},"content":{what},"timestamp":"{at}","metadata":{said}}}'.encode()
     except (_Refused, ValueError):
         text = b""
     if not text or len(text) > limit:
@@ -176,18 +180,19 @@ def key(name: Any, what: str, context_id: str | None = None) -> str:
     return name if type(name) is str else str.__str__(name)
 
 
-_last_second: tuple[int, str] = (-1, "")
+_last_second: tuple[int, str] = (-1_000_000_000, "")
 
 
 def _now() -> str:
     """This machine's time, as a message says it. All but the fraction is the same for a second."""
     global _last_second
-    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
-    known, text = _last_second
-    if seconds != known:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-        _last_second = seconds, text
-    return f"{text}.{microseconds:06}+00:00"
+    now = time.time_ns()
+    begin, text = _last_second
+    if not 0 <= now - begin < 1_000_000_000:
+        seconds = now // 1_000_000_000
+        begin, text = seconds * 1_000_000_000, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        _last_second = begin, text
+    return f"{text}.{(now - begin) // 1000:06}+00:00"
 
 
 def _time(given: Any, context_id: str | None) -> str:
@@ -217,7 +222,7 @@ def _type_name(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """The JSON text of a value. Raises _Refused, and ValueError where the process set a lower limit for integers."""
-    return _quoted(value) if type(value) is str else json_text(_plain(value, 0))
+    return quoted(value) if type(value) is str else json_text(_plain(value, 0))
 
 
 def _plain(value: Any, depth: int) -> Any:

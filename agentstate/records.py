@@ -28,5 +28,10 @@ class _Fields(type):
         return made
 
 
+new_tuple = tuple.__new__
+"""``new_tuple(Point, (1, 2))`` is ``Point(1, 2)`` in two thirds of the time, without the call of the constructor: for
+what is made with every call of a context. All fields, in their order."""
+
+
 class NamedTuple(metaclass=_Fields):
     """The base of a class of named tuples: ``class Point(NamedTuple): x: int; y: int = 0``."""

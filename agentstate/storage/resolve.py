@@ -35,6 +35,7 @@ from ..operations import (
     kept_answer,
     visible,
 )
+from ..records import new_tuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,22 +112,26 @@ class Image:
 
     def snapshot(self, query: Query, read: ReadMessages) -> Snapshot:
         """What `query` asks of this (living) context."""
+        _, variables, metadata, window, _, _ = query
         first, messages = self.end, ()  # type: tuple[int, Sequence[bytes]]
-        if query.history is not None:
-            first, stop = visible(query.history, self.start, self.end)
+        if window is not None:
+            first, stop = visible(window, self.start, self.end)
             messages = read(first, stop) if first < stop else ()
-        return Snapshot(
-            self.user_id,
-            self.created,
-            self.updated,
-            self.revision,
-            self.start,
-            self.end,
-            _selected(self.variables, query.variables),
-            _selected(self.metadata, query.metadata),
-            first,
-            messages,
-            self.expires,
+        return new_tuple(
+            Snapshot,
+            (
+                self.user_id,
+                self.created,
+                self.updated,
+                self.revision,
+                self.start,
+                self.end,
+                {} if variables == () else _selected(self.variables, variables),
+                {} if metadata == () else _selected(self.metadata, metadata),
+                first,
+                messages,
+                self.expires,
+            ),
         )
 
 
@@ -197,7 +202,7 @@ def only_adds(commit: Commit, image: Image) -> bool:
 
     So of an existing context, without any condition, and not applied before: `resolve` would find the same.
     """
-    _, changes, commit_id, user, fence, absent, idle_for, expect, _, _, _ = commit
+    _, changes, commit_id, user, fence, absent, idle_for, expect, _, _, fresh = commit
     if (
         not image.exists
         or fence is not None
@@ -205,13 +210,13 @@ def only_adds(commit: Commit, image: Image) -> bool:
         or absent
         or idle_for is not None
         or (user is not None and user != image.user_id)
-        or commit_id in image.commits
+        or (not fresh and commit_id in image.commits)
     ):
         return False
-    for change in changes:  # noqa: SIM110 - every commit comes here, and a generator costs more than all of this
+    for change in changes:
         if not (isinstance(change, Append) or (isinstance(change, Put) and not change.replace)):
             return False
-    return True
+    return bool(changes)
 
 
 def expiry(now: int, ttl: float | None) -> int | None:
@@ -267,7 +272,7 @@ def already_applied(commit: Commit) -> NoReturn:
 def _selected(stored: dict[str, bytes], keys: tuple[str, ...] | None) -> dict[str, bytes]:
     if keys is None:
         return dict(stored)
-    return {key: stored[key] for key in keys if key in stored} if keys else {}
+    return {key: stored[key] for key in keys if key in stored}
 
 
 def _update(stored: dict[str, bytes], changes: dict[str, bytes | None], replaces: bool) -> None:
