@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,8 +28,8 @@ from agentstate import (
 )
 from agentstate.operations import Append, Commit, Page, Query
 from agentstate.storage.document import DocumentStorage, DocumentUpdate
-from agentstate.storage.statistics import Histogram
-from agentstate.storage.tally import TIMED_ONE_IN
+from agentstate.storage.statistics import Histogram, statistics_of
+from agentstate.storage.tally import _PUT_ASIDE, TIMED_ONE_IN, Tally
 
 
 def size_of(folder: Path, suffix: str) -> int:
@@ -193,6 +194,28 @@ def test_a_third_party_that_does_nothing_for_it_has_statistics_too() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_what_many_threads_do_is_counted_to_the_last_byte() -> None:
+    tally = Tally()
+    size = 3 * _PUT_ASIDE + 7
+
+    def work() -> None:
+        for number in range(size):
+            tally.took(Query, number)
+            tally.wrote(number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    sums = [statistics_of(tally).bytes_written for _ in range(20)]  # while it is going on
+    for thread in threads:
+        thread.join()
+    found = statistics_of(tally)
+    assert sorted(sums) == sums
+    assert found.bytes_written == found.latency_nanoseconds["query"].total == 4 * sum(range(size))
+    assert found.latency_nanoseconds["query"].count == 4 * size
+    assert found.latency_nanoseconds["query"].counts[:4] == [4, 4, 8, 16]
+
+
 def test_the_child_of_a_fork_counts_from_zero(tmp_path: Path) -> None:
     with closing(FileStorage(tmp_path)) as storage:
         storage.call(append("alice", "hello"))

@@ -107,6 +107,7 @@ class StorageStatistics:
 def statistics_of(tally: Tally) -> StorageStatistics:
     """What a tally says."""
     with tally.lock:
+        tally.add_up()
         operations, alone = tally.operations()
         groups = list(tally.groups)
         groups[1] += alone
