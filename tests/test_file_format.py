@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from os.path import commonprefix
 from pathlib import Path
 
 import pytest
 from filetools import Between, append, clear, commit, lines, logs, look, message, put, texts
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentstate import FileStorage
 from agentstate.errors import StateCorruptedError, StateSerializationError
-from agentstate.operations import Append, Increment, Pop, Put, Query, Restore, Space, Trim, Window
+from agentstate.operations import Append, Change, Commit, Increment, Pop, Put, Query, Restore, Space, Trim, Window
 from agentstate.storage.file.logfile import _pieces
-from agentstate.storage.file.logformat import fields, is_sealed, seed_of
+from agentstate.storage.file.logformat import fields, ids_text, is_sealed, seed_of
+from agentstate.storage.file.logimage import LogImage
+from agentstate.storage.resolve import Effects, only_adds, resolve
 
 
 def some_conversation(folder: Path, *, messages: int = 3) -> Path:
@@ -52,6 +57,7 @@ def test_what_is_stored_comes_back_byte_for_byte(tmp_path: Path) -> None:
     storage.call(commit("alice", Append(tuple(odd))))
     for number, value in enumerate(odd):
         storage.call(commit("alice", Append((value,)), Put(Space.VARIABLES, ((f"k{number}", value),))))
+    storage.call(commit("alice", Put(Space.METADATA, (("☃", b"1"), ("\ud800", b"2"), ('"', b"3")))))
     expected = look(storage, "alice")
     for cold in (FileStorage(tmp_path), storage):
         snapshot = look(cold, "alice")
@@ -379,3 +385,68 @@ def test_lines_are_joined_to_pieces_of_a_mebibyte_and_a_rest() -> None:
     assert list(_pieces([half] * 4)) == [half * 2] * 2
     assert list(_pieces([half] * 3 + [rest])) == [half * 2, half + rest]
     assert list(_pieces([])) == []
+
+
+VALUES = st.sampled_from([b"1", b'"text"', b"null", '"☃"'.encode(), b"{}"])
+ADDED: st.SearchStrategy[Change] = st.one_of(
+    st.builds(Append, st.lists(VALUES, min_size=1, max_size=3).map(tuple)),
+    st.builds(
+        Put,
+        st.sampled_from(Space),
+        st.lists(st.tuples(st.sampled_from(["x", "y", "", '"☃"']), VALUES), max_size=3).map(tuple),
+        st.just(False),
+    ),
+)
+
+
+@given(
+    changes=st.lists(ADDED, min_size=1, max_size=5),
+    commit_id=st.sampled_from(["ab-1", 'a "quoted" id \\']),
+    before=st.integers(0, 3),
+    ttl=st.sampled_from([None, 60.0]),
+    flushed=st.sampled_from([None, 7]),
+    now=st.integers(-3, 3),
+)
+def test_a_commit_that_only_adds_is_the_line_that_the_rules_for_all_commits_make_of_it(
+    changes: list[Change], commit_id: str, before: int, ttl: float | None, flushed: int | None, now: int
+) -> None:
+    short, thorough = LogImage("alice"), LogImage("alice")
+    first = [Put(Space.VARIABLES, (("x", b"0"),)), *[Append((b"%d" % number,)) for number in range(before)]]
+    lines_of: list[list[bytes]] = []
+    for image in (short, thorough):
+        effects = resolve(image, Commit("alice", tuple(first), "first"), now=5, ttl=ttl, lease=None, read=no_read)
+        assert isinstance(effects, Effects)
+        lines_of.append([image.header(), image.advance(effects, None)])
+    given_commit = Commit("alice", tuple(changes), commit_id)
+    assert only_adds(given_commit, short)
+    expires = None if ttl is None else 5 + now + int(ttl * 1_000_000)
+    lines_of[0].append(short.add(given_commit, 5 + now, expires, flushed))
+    effects = resolve(thorough, given_commit, now=5 + now, ttl=ttl, lease=None, read=no_read)
+    assert isinstance(effects, Effects)
+    lines_of[1].append(thorough.advance(effects, flushed))
+    lines_of[0].append(short.checkpoint())
+    lines_of[1].append(thorough.checkpoint())
+    assert lines_of[0] == lines_of[1]
+    for name in (*LogImage.__slots__, *LogImage.__mro__[1].__slots__):  # type: ignore[attr-defined]
+        assert getattr(short, name) == getattr(thorough, name), name
+    again = LogImage("alice")
+    again.replay(b"".join(lines_of[0]), 0)
+    assert (again.variables, again.metadata, again.end) == (short.variables, short.metadata, short.end)
+
+
+def no_read(first: int, stop: int) -> list[bytes]:
+    raise AssertionError("what only adds reads nothing")
+
+
+IDS = st.one_of(
+    st.integers(0, 1 << 20).map(lambda first: [f"0123456789ab-{number:x}" for number in range(first, first + 64)]),
+    st.lists(st.text(st.characters(codec="ascii", exclude_categories=["C"]), min_size=1, max_size=8), max_size=4),
+    st.lists(st.sampled_from(["a", "aa", "aab", "aac", 'a","a', 'a"', "a\\", "b"]), max_size=5),
+)
+
+
+@given(IDS)
+def test_commit_ids_are_said_as_what_they_have_in_common_and_the_rest(ids: list[str]) -> None:
+    prefix, *rest = json.loads(ids_text(ids))
+    assert prefix == commonprefix(ids)  # noqa: RUF071 - of texts, these are no paths
+    assert [prefix + one for one in rest] == ids

@@ -19,8 +19,8 @@ from ...errors import (
     StateUnavailableError,
 )
 from ...keys import file_stem
-from ...operations import REMEMBER_CLEARED, Answer, Append, Commit, Outcome, Query
-from ..resolve import Effects, check_owner, resolve
+from ...operations import REMEMBER_CLEARED, Answer, Commit, Outcome, Query
+from ..resolve import Effects, check_owner, expiry, only_adds, resolve
 from .filesystem import APPEND, CREATE, FILE_MODE, unavailable, write_whole
 from .folder import Folder
 from .leftbehind import LeftDocument
@@ -292,7 +292,9 @@ class LogFile:
 
     def ready(self) -> LogImage:
         """Like `refresh`, for the holder of the lock who is about to write: puts right what crashes left undone."""
-        image = self.refresh()
+        image = self.image if self.trusted else None  # which is what `refresh` would say
+        if image is None:
+            image = self.refresh()
         untroubled = self.size == image.log_end and not self.suspect and not self.left_beside
         if self.identity is None or (self.trusted and untroubled):
             return image
@@ -333,18 +335,16 @@ class LogFile:
 
     def commit(self, commit: Commit, now: int, ttl: float | None, lease: str | None, lazily: bool) -> Answer:
         """Resolve a commit and take it in; `write` must follow. Raises what `resolve` raises, and LookAgain."""
-        image = self.current
+        image = self.image
+        assert image is not None
         if image.expires is not None and image.expires <= now and image.exists:
             self.lapsed = image.updated
             image.expire(now)
-        begun = image.log_end - sum(map(len, self._pending)) if self._pending else image.log_end
-        flushed = self.flushed if lazily else begun if self._pending else None
-        messages = _appended(commit, image)
-        if messages is not None:
+        flushed = self.flushed if lazily else self._begun(image) if self._pending else None
+        if only_adds(commit, image) and not commit.answer:
             if self.document is not None:
                 image = self._adopt(image)
-            expires = None if ttl is None else now + int(ttl * 1_000_000)
-            self._take(image, image.append(messages, now, expires, commit.commit_id, flushed), lazily)
+            self._take(image, image.add(commit, now, expiry(now, ttl), flushed), lazily)
             return b""
         effects = resolve(image, commit, now=now, ttl=ttl, lease=lease, read=self.read)
         if not isinstance(effects, Effects):
@@ -361,14 +361,18 @@ class LogFile:
         self._take(image, image.advance(effects, flushed), lazily)
         return effects.answer
 
+    def _begun(self, image: LogImage) -> int:
+        """Where the write begins that is to follow."""
+        return image.log_end - sum(map(len, self._pending))
+
     def _take(self, image: LogImage, line: bytes, lazily: bool) -> None:
         self._pending.append(line)
-        self.line_end = image.log_end
+        self.line_end = end = image.log_end
         if line.find(b"\n") != len(line) - 1:
             self.forget()
             raise StateSerializationError("a stored value holds a line break", context_id=self.context_id)
-        if image.log_end >= image.checkpoint_due:
-            begun = image.log_end - sum(map(len, self._pending))
+        if end >= image.checkpoint_due:
+            begun = self._begun(image)
             self._pending.append(image.checkpoint(self.flushed if lazily else begun, begun))
 
     def write(self) -> int:
@@ -376,29 +380,31 @@ class LogFile:
         pending = self._pending
         if not pending:
             return 0
-        image = self.current
+        image = self.image
+        assert image is not None
         data = pending[0] if len(pending) == 1 else b"".join(pending)
+        size = len(data)
         reader = self.reader
         write = self.folder.fs.write
         written = 0
         try:
-            fd = reader.fd if reader.fd >= 0 and reader.writable else self._appending(image)
+            fd = reader.fd if reader.writable else self._appending(image)
             written = write(fd, data)
-            while written < len(data):
+            while written < size:
                 written += write(fd, data[written:])
         except OSError as error:
             failure = self._unavailable(error, "write to")
             failure.__cause__ = error
-            complete = self._take_back(data, written, image.log_end - len(data))
+            complete = self._take_back(data, written, image.log_end - size)
             line_end = self.line_end
             self.forget()
             raise WriteFailed(failure, complete, line_end) from error
-        self.folder.tally.wrote(written)
+        self.folder.tally.wrote(size)
         pending.clear()
         self.size = image.log_end
         if not self.trusted:
             self._note_written(image)
-        return len(data)
+        return size
 
     def _note_written(self, image: LogImage) -> None:
         try:
@@ -666,25 +672,6 @@ def context_of_log(folder: Folder, stem: str) -> str | None:
     except (ValueError, KeyError) as error:
         raise StateCorruptedError(f"{path} does not begin with the header of a log; it was left as it is") from error
     return context_id if file_stem(context_id) == stem else None
-
-
-def _appended(commit: Commit, image: LogImage) -> tuple[bytes, ...] | None:
-    """The messages of a commit that appends to an existing context, and needs no more rules than that."""
-    _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _, _ = commit
-    change = changes[0]
-    if (
-        type(change) is Append
-        and len(changes) == 1
-        and image.exists
-        and fence is None
-        and expect is None
-        and (user is None or user == image.user_id)
-        and not (absent or answer)
-        and idle_for is None
-        and commit_id not in image.commits
-    ):
-        return change.messages
-    return None
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:

@@ -70,7 +70,7 @@ class LogReader:
         self.folder.open_files += 1
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
+        fd, self.fd, self.writable = self.fd, -1, False
         if fd >= 0:
             self.folder.open_files -= 1
             with suppress(OSError):  # what it might tell of writes, a flush tells
