@@ -31,6 +31,7 @@ MAX_INTEGER_DIGITS: Final = 4300
 """Python's default limit for integers as text (sys.int_info.default_max_str_digits), whatever a process sets."""
 
 _LARGEST_INTEGER: Final = 10**MAX_INTEGER_DIGITS
+_SMALLEST_INTEGER: Final = -_LARGEST_INTEGER  # made once: it is long
 
 
 def _encoder() -> Callable[[Any], str]:
@@ -231,7 +232,7 @@ def _plain(value: Any, depth: int) -> Any:
     if kind is str or kind is bool or value is None:
         return value
     if kind is int:
-        if -_LARGEST_INTEGER < value < _LARGEST_INTEGER:
+        if _SMALLEST_INTEGER < value < _LARGEST_INTEGER:
             return value
         raise _Refused(f"an integer of more than {MAX_INTEGER_DIGITS:,} digits cannot be stored")
     if kind is float:
@@ -251,7 +252,7 @@ def _plain_list(value: list[Any], depth: int) -> list[Any]:
     result = value
     for index, item in enumerate(value):
         kind = type(item)
-        if kind is str or kind is bool:
+        if kind is str or kind is bool or (kind is int and _SMALLEST_INTEGER < item < _LARGEST_INTEGER):
             continue
         try:
             plain = _plain(item, depth + 1)
@@ -273,7 +274,7 @@ def _plain_dict(value: dict[Any, Any], depth: int) -> dict[str, Any]:
                 raise _Refused(f"the key {name!r} is {_type_name(name)}; JSON's keys are text")
             return _plain_dict({str.__str__(k) if isinstance(k, str) else k: v for k, v in value.items()}, depth)
         kind = type(item)
-        if kind is str or kind is bool:
+        if kind is str or kind is bool or (kind is int and _SMALLEST_INTEGER < item < _LARGEST_INTEGER):
             continue
         try:
             plain = _plain(item, depth + 1)
