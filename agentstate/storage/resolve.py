@@ -272,7 +272,12 @@ def already_applied(commit: Commit) -> NoReturn:
 def _selected(stored: dict[str, bytes], keys: tuple[str, ...] | None) -> dict[str, bytes]:
     if keys is None:
         return dict(stored)
-    return {key: stored[key] for key in keys if key in stored}
+    found = {}
+    for key in keys:  # mostly one, for which a comprehension takes half as long again
+        value = stored.get(key)
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def _update(stored: dict[str, bytes], changes: dict[str, bytes | None], replaces: bool) -> None:
