@@ -301,16 +301,11 @@ class LogImage(Image):
 
     def _forget_recent(self) -> None:
         """Keep half of what may be kept: in blocks, so that it costs nothing per message."""
-        count = size = 0
-        for message in reversed(self.recent):
-            size += len(message)
-            count += 1
-            if count > _RECENT_MESSAGES // 2 or size > _RECENT_BYTES // 2:
-                count -= 1
-                size -= len(message)
-                break
-        self.recent = self.recent[len(self.recent) - count :]
-        self.recent_bytes = size
+        recent = self.recent[-(_RECENT_MESSAGES // 2) :]
+        size = sum(map(len, recent))
+        while size > _RECENT_BYTES // 2:
+            size -= len(recent.pop(0))
+        self.recent, self.recent_bytes = recent, size
 
     def note_recent(self, messages: Sequence[bytes]) -> None:
         """These are the last messages: keep what may be kept of them."""
