@@ -84,13 +84,18 @@ def test_those_who_wait_for_a_group_are_told_when_the_next_one_is_under_way() ->
 
 
 @pytest.mark.usefixtures("endless_patience")
-def test_one_worker_does_it_all_while_nothing_takes_long() -> None:
-    threads: set[int] = set()
+def test_one_group_after_the_other_is_carried_out_while_nothing_takes_long() -> None:
+    running = 0
+    sizes: list[int] = []
 
     def work(operations: Sequence[Operation], settle: Settle) -> None:
-        threads.add(threading.get_ident())
+        nonlocal running
+        running += 1
+        assert running == 1
         under_way(settle)
         time.sleep(0.001)
+        sizes.append(len(operations))
+        running -= 1
         settle_all(operations, settle)
 
     async def converse(context: ConversationContext, name: str) -> None:
@@ -102,7 +107,7 @@ def test_one_worker_does_it_all_while_nothing_takes_long() -> None:
         await asyncio.gather(*(converse(context, f"c{number}") for number in range(20)))
 
     asyncio.run(main())
-    assert len(threads) == 1
+    assert sum(sizes) == 200
 
 
 @pytest.mark.usefixtures("endless_patience")

@@ -272,6 +272,17 @@ class Dispatcher:
                 return group
         return None
 
+    def _ended(self, group: Group) -> Group | None:
+        """A worker has carried a group out. Returns it if nobody was told of it yet."""
+        self._groups -= 1
+        self._jobs -= len(group.jobs)
+        if self._expected is not group:
+            self._telling -= 1
+            return None
+        self.free(group.keys)
+        self._expected = None
+        return group
+
     def _queue_held(self, key: str | int) -> None:
         """Queue the jobs that were held back for a key, which is free now."""
         self._queue[:0] = self._held.pop(key)
@@ -291,36 +302,32 @@ class Dispatcher:
         seat = Seat()
         lonely = 0  # groups of one job, in a row
         last: Group | None = None  # of which nobody was told yet
+        group: Group | None = None  # to be carried out next
         while True:
-            with self.lock:
-                group = self._take_group(last)
             if group is None:
                 if last is not None:
                     last.tell()
                     last = None
                 elif not self._wait_for_work():
                     return
+                with self.lock:
+                    group = self._take_group(None)
                 continue
             lonely = lonely + 1 if len(group.jobs) == 1 and last is None else 0
             if lonely > LONELY:
                 seat.move(ANYWHERE)
             elif not lonely:
                 seat.move(self._processor)
-            last = None
-            try:
+            try:  # noqa: SIM105 - contextlib would have to be imported for this alone
                 self._execute(group.operations, group.outcomes, group.settle)
-            finally:
-                group.under_way()
-                with self.lock:
-                    self._groups -= 1
-                    self._jobs -= len(group.jobs)
-                    if self._expected is group:
-                        self._expected = None
-                        last = group
-                        self.free(group.keys)
-                    else:
-                        self._telling -= 1
-                        self._look_around()
+            except BaseException:  # SystemExit of a backend: all who wait are told of it
+                pass
+            group.under_way()
+            with self.lock:  # without a gap, or another worker would come in
+                last = self._ended(group)
+                group = self._take_group(last)
+                if group is None:
+                    self._look_around()
             if last is not None:
                 last.end()
 
