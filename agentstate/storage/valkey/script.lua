@@ -9,8 +9,8 @@
 --   ttl        microseconds, or 0
 --   earlier    the largest not_after of earlier copies of these operations, whose fate is unknown; or 0
 --   confirm    1: replicas will be waited for, so even a commit that was applied before has to write something
--- Answers an array: first this server's time (16 digits) with a code letter for each operation, then an element for
--- each code that has more to say.
+-- Answers this server's time (16 digits) with a code letter for each operation; where codes have more to say, an array
+-- of it and an element for each of them.
 --
 -- Remembered commits are a list, oldest first, of their ids. What belongs to one follows it: '\n', its time, '\n', its
 -- answer; or '\t', its time, '\t', and the not_after of a copy that was on its way when the commit was refused. A last
@@ -945,5 +945,9 @@ carry_out = function(kind, shape, a, k)
 end
 end
 until a > last
-results[1] = now_text .. table.concat(codes)
+local header = now_text .. table.concat(codes)
+if m == 1 then
+  return header -- by itself: making an array of it costs as much as a command
+end
+results[1] = header
 return results

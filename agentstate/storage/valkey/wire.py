@@ -69,7 +69,7 @@ class Connection:
         self._patience = 0.0  # how long the socket waits, as it was last set
         self.deadline = 0.0
         self.run_id = b""
-        self.sent = self.received = 0  # bytes, of which the pool takes note
+        self.sent = self.received = 0  # bytes, which the pool adds up
 
     def close(self) -> None:
         self._owner.disconnect()
@@ -93,8 +93,8 @@ class Connection:
     def ask_one(self, packed: bytes) -> Any:
         """The reply to one packed command: `send` and `read`, with less ado for what is small."""
         data = self._exchange(packed)
-        if len(data) == 28 and data.startswith(b"*1\r\n$17\r\n"):  # what the script answers to most
-            return [data[9:26]]
+        if len(data) == 24 and data.startswith(b"$17\r\n"):  # what the script answers to most
+            return data[5:22]
         self._feed(data)
         return self.read()
 
@@ -106,7 +106,9 @@ class Connection:
         if len(packed) > _SEND:
             self.send(packed)
             return self._receive(_RECEIVE)
-        self._set_patience()
+        left = self.deadline - monotonic()
+        if not 0 < 0.99 * left <= self._patience <= left:
+            self._set_patience()
         try:
             self._sock.sendall(packed)
             data = self._sock.recv(_RECEIVE)
