@@ -159,7 +159,7 @@ class LogLayout:
         """One call of the script, packed."""
         keys: list[bytes] = []
         arguments: list[bytes] = []
-        count = 4 + 3 * len(group)  # EVALSHA, its hash, the number of keys, the settings; three keys each
+        count = 0
         leases = 0
         known = self._names
         for index in group:
@@ -173,7 +173,8 @@ class LogLayout:
                 leases += 1
         return b"".join(
             (
-                b"*%d\r\n" % (count + leases),
+                b"*%d\r\n"
+                % (count + 3 * len(group) + leases + 4),  # EVALSHA, its hash, the number of keys, the settings
                 self._head,
                 number(3 * len(group) + leases),
                 *keys,
