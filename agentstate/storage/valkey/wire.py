@@ -9,12 +9,26 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from math import inf
 from struct import Struct, calcsize
 from time import monotonic
 from typing import Any, Final
 
+if sys.platform == "linux":
+    from os import sched_yield
+    from socket import MSG_DONTWAIT
+
 _RECEIVE: Final = 65536
 _SEND: Final = 1 << 18
+
+_AWAKE: Final = 0.00015
+"""Seconds for which a call looks for its answer before it sleeps."""
+
+_CALLS: Final = 64
+"""Calls that look for their answers, or sleep, until it is tried again which is better."""
+
+_MOST_CALLS: Final = 4096
+"""Calls that sleep where looking was in vain every time."""
 
 
 class ServerError(Exception):
@@ -59,7 +73,10 @@ class Connection:
     After any exception it is of no use any more, and must be closed.
     """
 
-    __slots__ = ("_data", "_owner", "_patience", "_position", "_sock", "deadline", "received", "run_id", "sent")
+    __slots__ = (
+        "_asleep", "_awake", "_data", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
+        "run_id", "sent",
+    )  # fmt: skip
 
     def __init__(self, owner: Any, sock: socket.socket) -> None:
         self._owner = owner  # valkey-py's connection: closes the socket, without a goodbye after a fork
@@ -67,6 +84,10 @@ class Connection:
         self._data = b""
         self._position = 0
         self._patience = 0.0  # how long the socket waits, as it was last set
+        # How many of the next calls sleep until the answer is there: all of them where one cannot look without waiting.
+        self._asleep: float = 0 if type(sock) is socket.socket and _TIMEVAL is not None else inf
+        self._awake = 0  # how many of those after them just look
+        self._rest = _CALLS  # how many sleep after looking in vain
         self.deadline = 0.0
         self.run_id = b""
         self.sent = self.received = 0  # bytes, which the pool adds up
@@ -111,7 +132,11 @@ class Connection:
             self._set_patience()
         try:
             self._sock.sendall(packed)
-            data = self._sock.recv(_RECEIVE)
+            if self._asleep:
+                self._asleep -= 1
+                data = self._sock.recv(_RECEIVE)
+            else:
+                data = self._look_out()
         except OSError as error:
             raise LostConnectionError(_reason(error, "waiting for an answer")) from error
         if not data:
@@ -119,6 +144,41 @@ class Connection:
         self.sent += len(packed)
         self.received += len(data)
         return data
+
+    def _look_out(self) -> bytes:
+        """Receive, awake for a while: a thread that sleeps until its answer is there may take longer to wake up, on a
+        processor that has gone to sleep too, than a server on this machine takes to answer.
+
+        That is no use where the server answers later, or needs the very processor that this looks on: now and then
+        that is tried, by letting it go first. Then the next calls sleep.
+        """
+        receive = self._sock.recv
+        end = 0.0
+        while True:
+            try:
+                data = receive(_RECEIVE, MSG_DONTWAIT)
+            except BlockingIOError:
+                now = monotonic()
+                if not end:
+                    end = now + _AWAKE
+                    if not self._awake:
+                        sched_yield()
+                        try:
+                            data = receive(_RECEIVE, MSG_DONTWAIT)
+                        except BlockingIOError:
+                            continue
+                        self._asleep = _CALLS
+                        return data
+                elif now > end:
+                    self._awake, self._asleep = 0, self._rest
+                    self._rest = min(2 * self._rest, _MOST_CALLS)
+                    return receive(_RECEIVE)
+            else:
+                if self._awake:
+                    self._awake -= 1
+                else:
+                    self._awake, self._rest = _CALLS, _CALLS
+                return data
 
     def _feed(self, data: bytes) -> None:
         """Take what was received where nothing was left over."""
