@@ -110,31 +110,37 @@ while a <= last do
       end
     end
   end
-  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd') then
-    -- A number added to a variable; a key dropped.
-    local state, field = keys[k], args[a + 3]
-    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', field)
-    local revision, value, answer = tonumber(stored[3]), stored[6], nil
-    if kind == 67 and string.byte(shape, 5) == 100 then
-      answer = value and 'true' or 'false'
-    else
+  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd' or shape == '\0\0\7CerS'
+      or shape == '\0\0\2CC') then
+    -- A number added to a variable; a key dropped; a key set if a variable has a value; nothing, for a context that exists.
+    local state, field, part = keys[k], args[a + 3], string.byte(shape, 5)
+    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', part ~= 67 and field or 'id')
+    local revision, value, answer, changed = tonumber(stored[3]), stored[6], nil, nil
+    if part == 73 then
       local before, by = value or '0', args[a + 4]
       if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
         answer = string.format('%.0f', before + by)
+        changed = answer
       end
+    elseif part == 100 then
+      answer = value and 'true' or 'false'
+    elseif part == 101 then
+      answer = value == args[a + 4] and #args[a + 5] <= LARGEST_KEPT and args[a + 5]
+      field, changed = args[a + 6], args[a + 7]
     end
-    if answer and stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
+    if stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
       and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
-      local companion = '\n' .. now_text .. '\n' .. answer
-      if type(attempt('RPUSH', keys[k + 2], args[a + 2], companion)) == 'number' then
+      if part == 67 then
+        code = 'k'
+      elseif answer and type(attempt('RPUSH', keys[k + 2], args[a + 2], '\n' .. now_text .. '\n' .. answer)) == 'number' then
         code, detail = 'a', answer
-        if answer == 'true' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
-          call('HDEL', state, field)
-        elseif answer == 'false' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+        if changed then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, changed)
         else
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, answer)
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+          if value then
+            call('HDEL', state, field)
+          end
         end
       end
     end
