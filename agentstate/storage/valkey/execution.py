@@ -26,7 +26,7 @@ from .reads import (
     foreign,
     is_plain,
     outcome_of,
-    read_reply,
+    reply_count,
     snapshot_of,
     torn_history,
 )
@@ -182,7 +182,7 @@ class Execution:
                 with at_once(self.settle):
                     for index in reads[start : start + GROUP]:
                         query = cast(Query, self.operations[index])
-                        outcome = outcome_of(query, read_reply(query, connection))
+                        outcome = outcome_of(query, connection.read_some(reply_count(query)))
                         unread -= 1
                         self.read(index, outcome, again)
             replies: list[Any] = []

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from ...operations import NEVER, Commit, Query
 from .execution import Execution
-from .reads import is_plain, outcome_of, read_reply
+from .reads import is_plain, outcome_of, reply_count
 from .script import ATTEMPT, MICROSECONDS, OnContext
 from .wire import LostConnectionError, ServerError
 
@@ -35,27 +35,26 @@ def is_lone(operations: Sequence[Any]) -> bool:
 
 def carry_out(layout: LogLayout, operations: Sequence[OnContext], settle: Settle) -> None:
     """Carry out operations that are `is_lone`, and settle them."""
-    pool, query = layout.servers.only, operations[-1]
-    end = min(query.deadline, monotonic() + ATTEMPT)
-    if pool is None or layout.min_replicas or query.deadline == NEVER or (connection := pool.acquire_idle(end)) is None:
+    pool = layout.servers.only
+    last: Any = operations[-1]
+    deadline = min(operations[0].deadline, last.deadline)
+    end = min(deadline, monotonic() + ATTEMPT)
+    if pool is None or layout.min_replicas or deadline == NEVER or (connection := pool.acquire_idle(end)) is None:
         Execution(layout, operations, settle).run([*range(len(operations))])
         return
     stamp = int(end * MICROSECONDS) + pool.offset
-    plain = type(query) is Query and is_plain(query)
+    plain = type(last) is Query and is_plain(last)
     scripted = not plain or len(operations) == 2
     reply: Any = None
-    found: Any = None
+    read: list[Any] = []
     try:
         if not plain:
             reply = connection.ask_one(layout.pack(operations, _FIRST, stamp, 0))
+        elif scripted:
+            packed = layout.pack(operations, _FIRST, stamp, 0) + layout.pack_read(last)
+            reply, *read = connection.ask_some(packed, 1 + reply_count(last))
         else:
-            packed = layout.pack_read(cast(Query, query))
-            if scripted:
-                connection.send_and_wait(layout.pack(operations, _FIRST, stamp, 0) + packed)
-                reply = connection.read()
-            else:
-                connection.send_and_wait(packed)
-            found = read_reply(cast(Query, query), connection)
+            read = connection.ask_some(layout.pack_read(last), reply_count(last))
     except LostConnectionError as error:
         pool.discard(connection)
         execution = Execution(layout, operations, settle)
@@ -87,7 +86,7 @@ def carry_out(layout: LogLayout, operations: Sequence[OnContext], settle: Settle
                 again.append(0)  # an error of the server, which the next attempt meets with again
     if plain:
         index = len(operations) - 1
-        outcome = outcome_of(cast(Query, query), found)
+        outcome = outcome_of(last, read)
         if again:
             again.append(index)  # it read what was there before the commit
         elif not isinstance(outcome, ServerError):

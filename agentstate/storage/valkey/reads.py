@@ -11,7 +11,7 @@ from typing import Any, Final
 from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...operations import Query, Snapshot
 from ..resolve import access_error
-from .wire import Connection, ServerError, bulk, number
+from .wire import ServerError, bulk, number
 
 BASE: Final = ("id", "user", "created", "updated", "rev", "start", "end", "exp")
 """The fields of a context's hash that are neither variables nor metadata."""
@@ -60,31 +60,28 @@ def _around_key(variables: tuple[str, ...], metadata: tuple[str, ...]) -> tuple[
     return b"*%d\r\n$5\r\nHMGET\r\n" % (10 + len(fields)), _PACKED_BASE + b"".join(fields)
 
 
-def read_reply(query: Query, connection: Connection) -> Any:
-    """What the server answers to a plain read, for `outcome_of`."""
-    read = connection.read
-    if query.history is None:
-        if reads_everything(query):
-            return read(), 1
-        return read(), read()
-    replies = [read() for _ in range(3 if reads_everything(query) else 4)]
-    answers = read()
-    if type(answers) is list:
-        return answers
-    return [reply for reply in (*replies, answers) if isinstance(reply, ServerError)]
+def reply_count(query: Query) -> int:
+    """How many replies there are to a plain read."""
+    return (1 if reads_everything(query) else 2) + (0 if query.history is None else 3)
 
 
-def outcome_of(query: Query, reply: Any) -> Snapshot | StateError | ServerError | None:
-    """What the answer to a plain read means. A ServerError tells that it did not answer the query."""
-    for part in reply:
-        if isinstance(part, ServerError):
-            return part
-    fields = reply[0]
+def outcome_of(query: Query, replies: list[Any]) -> Snapshot | StateError | ServerError | None:
+    """What the replies to a plain read mean. A ServerError tells that they do not answer the query."""
+    for reply in replies:
+        if isinstance(reply, ServerError):
+            return reply
+    messages: list[bytes] | None = None
+    if query.history is not None:
+        replies = replies[-1]
+        for reply in replies:
+            if isinstance(reply, ServerError):
+                return reply
+        messages = replies[-1]
     try:
-        outcome = snapshot_of(query, fields, None if query.history is None else reply[-1], None)
+        outcome = snapshot_of(query, replies[0], messages, None)
     except StateError as error:
         return error
-    if outcome is None and reply[1] and not reads_everything(query):
+    if outcome is None and not reads_everything(query) and replies[1]:
         return ServerError("WRONGTYPE a hash without our fields")
     return outcome
 
@@ -102,7 +99,7 @@ def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None, f
         found = dict(zip(pairs, pairs, strict=True))
         if not found:
             return None
-        base = [found.get(name) for name in _BASE]
+        base = [found.pop(name, None) for name in _BASE]
         for field, value in found.items():
             space = field[:2]
             if space == b"v:":

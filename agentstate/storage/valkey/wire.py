@@ -27,7 +27,7 @@ _AWAKE: Final = 0.00015
 _CALLS: Final = 64
 """Calls that look for their answers, or sleep, until it is tried again which is better."""
 
-_MOST_CALLS: Final = 4096
+_MOST_CALLS: Final = 1024
 """Calls that sleep where looking was in vain every time."""
 
 
@@ -109,7 +109,7 @@ class Connection:
     def ask(self, *commands: bytes) -> list[Any]:
         """The replies to packed commands, errors among them as values. Raises LostConnectionError."""
         self.send(b"".join(commands))
-        return [self.read() for _ in commands]
+        return self.read_some(len(commands))
 
     def ask_one(self, packed: bytes) -> Any:
         """The reply to one packed command: `send` and `read`, with less ado for what is small."""
@@ -119,9 +119,10 @@ class Connection:
         self._feed(data)
         return self.read()
 
-    def send_and_wait(self, packed: bytes) -> None:
-        """`send`, and wait for the beginning of the replies, which `read` finds then."""
+    def ask_some(self, packed: bytes, replies: int) -> list[Any]:
+        """`ask` for commands that are packed as one, to which there are so many replies."""
         self._feed(self._exchange(packed))
+        return self.read_some(replies)
 
     def _exchange(self, packed: bytes) -> bytes:
         if len(packed) > _SEND:
@@ -184,6 +185,10 @@ class Connection:
         """Take what was received where nothing was left over."""
         self._data = data
         self._position = 0
+
+    def read_some(self, count: int) -> list[Any]:
+        """The next replies. Raises LostConnectionError."""
+        return [self.read() for _ in range(count)]
 
     def read(self) -> Any:
         """The next reply. Raises LostConnectionError."""
@@ -292,6 +297,14 @@ class QuickConnection(Connection):
 
     def _feed(self, data: bytes) -> None:
         self._reader.feed(data)
+
+    def read_some(self, count: int) -> list[Any]:
+        next_reply = self._reader.gets
+        replies: list[Any] = []
+        while len(replies) < count:
+            reply = next_reply()
+            replies.append(self.read() if reply is False else reply)
+        return replies
 
     def read(self) -> Any:
         reader = self._reader
