@@ -548,6 +548,10 @@ class TestDocumentsOfAgentUp:
         commit(storage, "a", Delete())
         client.set(f"{key_prefix}a", document)
         assert existing(storage, "a").end == 1
+        commit(storage, "a", Append((HI,)))  # converts it
+        commit(storage, "a", Delete())
+        client.set(f"{key_prefix}a", document)
+        assert existing(storage, "a").end == 1
 
     @pytest.mark.parametrize("text", [b"", b"garbage", b"[]", b'{"context_id":"a"}', b"\xff\xfe", b'{"context_id":"a'])
     def test_a_text_that_is_no_document_is_left_alone(

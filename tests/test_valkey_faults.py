@@ -253,6 +253,21 @@ class TestCutConnections:
             assert (outcomes[1].end - outcomes[1].start, len(outcomes[1].messages)) == (end, end)
         assert (outcomes[1].revision, outcomes[1].user_id) == (4, "u")
 
+    @pytest.mark.parametrize("action", ["drop", "lose", 5])
+    def test_a_condition_is_not_held_against_a_commit_that_took_effect_before_it_is_retried(
+        self, storage: ValkeyStorage, proxy: CuttingProxy, action: str | int
+    ) -> None:
+        commit(storage, "a", put("n", b"1"))
+        proxy.plan = once(action)
+        assert commit(storage, "a", put("n", b"2"), expect=("n", b"1"), answer=b"2", fresh=True) == b"2"
+        proxy.plan = once(action)
+        assert commit(storage, "a", put("m", b"3"), expect=("m", None), answer=b"3", fresh=True) == b"3"
+        proxy.plan = once(action)
+        assert commit(storage, "b", Append((HI,)), absent=True, fresh=True) == b""
+        snapshot = existing(storage, "a")
+        assert (snapshot.variables, snapshot.revision) == ({"n": b"2", "m": b"3"}, 3)
+        assert existing(storage, "b").revision == 1
+
     @pytest.mark.parametrize("action", ["drop", "lose", 3])
     def test_clearing_takes_effect_once(self, storage: ValkeyStorage, proxy: CuttingProxy, action: str | int) -> None:
         commit(storage, "a", Append((HI,)))

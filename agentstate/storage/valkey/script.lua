@@ -489,8 +489,7 @@ function at.commit(at, shape, a, k)
     updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
     user, expires, guard = stored[6], stored[7], tonumber(stored[8]) or 0
   end
-  local repeated = not exists or earlier > 0 or now <= guard -- whether the id may be among those remembered
-  at.repeated = repeated
+  at.repeated = not exists or earlier > 0 or now <= guard -- whether the id may be among those remembered
   local first, last, owner = start, keep, user -- as stored
   local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
   local fresh, n -- messages to append: the table of several, the one, or none
@@ -674,7 +673,7 @@ function at.commit(at, shape, a, k)
       answer = args[a]
       a = a + 1
     elseif part == 113 then -- q
-      repeated, at.repeated = true, true
+      at.repeated = true
     end
   end
   if not touched then
@@ -682,7 +681,7 @@ function at.commit(at, shape, a, k)
     if answer ~= '' then
       code, detail = 'a', answer
     end
-    if repeated then
+    if at.repeated then
       return at:seldom().unchanged(hash, k, commit_id, code, detail)
     end
     return code, detail
@@ -707,7 +706,7 @@ function at.commit(at, shape, a, k)
     return 'b'
   end
   local newest = exists or call('LINDEX', commits, -1) -- of the commits of a context that was here before, if any
-  if repeated and newest then
+  if at.repeated and newest then
     local code, detail = at:seldom().known(commits, commit_id)
     if code then
       return code, detail
