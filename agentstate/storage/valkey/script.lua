@@ -495,6 +495,7 @@ function at.commit(at, shape, a, k)
   local fresh, n -- messages to append: the table of several, the one, or none
   n = 0
   local answer, touched, deletes = '', false, false
+  local counted = false -- whether the list of messages was found to be as long as it should be
   -- Keys that were set (or dropped: false); whether nothing that is stored in that space counts any more
   local pending, no_variables, no_metadata = nil, not exists, not exists
 
@@ -611,7 +612,10 @@ function at.commit(at, shape, a, k)
       local count = math.min(tonumber(args[a]), keep + n - start)
       local popped, from_stored = {}, math.max(0, count - n)
       if from_stored > 0 then
-        popped = call('LRANGE', history, keep - from_stored - first, keep - 1 - first)
+        -- One more than there should be, if these are the last: so their number tells whether the list is as long as it
+        -- should be.
+        counted = keep == last or counted
+        popped = call('LRANGE', history, keep - from_stored - first, keep - (keep == last and 0 or 1) - first)
         if #popped ~= from_stored then
           return 'b'
         end
@@ -701,8 +705,8 @@ function at.commit(at, shape, a, k)
     if kind ~= 'none' and kind ~= 'list' then
       return 'w', { history, kind }
     end
-    debris = kind == 'list' -- if not of this context, then of a hash that somebody deleted
-  elseif (start > first or keep < last) and call('LLEN', history) ~= last - first then
+    debris = kind == 'list' and not exists -- of a hash that somebody deleted
+  elseif (start > first or keep < last) and not counted and call('LLEN', history) ~= last - first then
     return 'b'
   end
   local newest = exists or call('LINDEX', commits, -1) -- of the commits of a context that was here before, if any
