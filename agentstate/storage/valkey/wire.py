@@ -147,11 +147,12 @@ class Connection:
         return data
 
     def _look_out(self) -> bytes:
-        """Receive, awake for a while: a thread that sleeps until its answer is there may take longer to wake up, on a
-        processor that has gone to sleep too, than a server on this machine takes to answer.
+        """Receive, and stay awake for a while: to wake up, on a processor that has gone to sleep too, may take longer
+        than a server on this machine takes to answer.
 
-        That is no use where the server answers later, or needs the very processor that this looks on: now and then
-        that is tried, by letting it go first. Then the next calls sleep.
+        That is no use where the answer takes longer, or where the server needs the processor that this looks on. Which
+        of these it is, one call in `_CALLS` finds out: it lets others run once, after which an answer from the same
+        processor is there. Where looking does not pay the next calls sleep.
         """
         receive = self._sock.recv
         end = 0.0
