@@ -229,6 +229,18 @@ class TestKeys:
         assert client.llen(f"{{{key_prefix}a}}:history") == 2
         commit(storage, "a", Delete(), commit_id="same")
 
+    def test_a_message_that_somebody_added_is_noticed(
+        self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str
+    ) -> None:
+        commit(storage, "a", Append((HI, HI, HI)))
+        client.rpush(f"{{{key_prefix}a}}:history", HO)
+        with pytest.raises(StateCorruptedError):
+            existing(storage, "a")
+        for changes in ((Append((HO,)),), (Pop(1),), (Pop(3),), (Append((HO,)), Pop(2)), (Trim(1),)):
+            with pytest.raises(StateCorruptedError):
+                commit(storage, "a", *changes)
+        assert client.llen(f"{{{key_prefix}a}}:history") == 4
+
     def test_a_hash_that_lacks_fields_is_corrupted_and_harms_no_other(
         self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str
     ) -> None:
@@ -545,6 +557,10 @@ class TestDocumentsOfAgentUp:
     def test_after_clearing_a_new_document_is_welcome(
         self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str, document: bytes
     ) -> None:
+        commit(storage, "a", Delete())
+        client.set(f"{key_prefix}a", document)
+        assert existing(storage, "a").end == 1
+        commit(storage, "a", Append((HI,)))  # converts it
         commit(storage, "a", Delete())
         client.set(f"{key_prefix}a", document)
         assert existing(storage, "a").end == 1

@@ -25,11 +25,8 @@ from .nodes import ASKING, Pool, takes_over
 from .reads import (
     foreign,
     is_plain,
-    named,
-    pack_read,
-    read_reply,
-    reads_everything,
-    snapshot,
+    outcome_of,
+    reply_count,
     snapshot_of,
     torn_history,
 )
@@ -68,47 +65,6 @@ class Execution:
         )
         self.now = 0  # the server's time, as of the last answer
         self.final = 0.0  # the deadline of operations that have none of their own
-
-    def at_once(self, index: int) -> bool:
-        """Carry out one operation if nothing stands in the way. Whether that settled it; if not, `run` goes on.
-
-        It does what `run` does in its first attempt, for the most frequent case and without the general case's costs:
-        a lone call of a script takes hardly longer than its round trip.
-        """
-        layout, operation = self.layout, self.operations[index]
-        end = min(operation.deadline, monotonic() + ATTEMPT)
-        pool = layout.servers.only
-        if pool is None or layout.min_replicas or operation.deadline == NEVER:
-            return False
-        connection = pool.acquire_idle(end)
-        if connection is None:
-            return False
-        stamp = int(end * MICROSECONDS) + pool.offset
-        intact = False
-        again: list[int] = []
-        try:
-            if type(operation) is Query and is_plain(operation):
-                connection.send_and_wait(self._packed_read(index))
-                reply = read_reply(operation, connection)
-                intact = True
-                self._read(index, reply, again)
-            else:
-                reply = connection.ask_one(layout.pack(self.operations, [index], stamp, 0))
-                intact = True
-                if type(reply) is list:
-                    self._answered(pool, [index], reply, again, 0)
-                else:
-                    again.append(index)
-        except LostConnectionError as error:
-            self.problem = error
-            self.unknown[index] = stamp
-            again.append(index)
-        finally:
-            if intact:
-                pool.release(connection)
-            else:
-                pool.discard(connection)
-        return not again
 
     def run(self, todo: list[int]) -> None:
         waits = pauses()
@@ -217,7 +173,7 @@ class Execution:
         rest = iter(groups)
         try:
             if reads:
-                connection.send(b"".join([self._packed_read(index) for index in reads]))
+                connection.send(b"".join([layout.pack_read(cast(Query, self.operations[index])) for index in reads]))
             for group in rest:
                 sent.append(group)
                 connection.send(self._packed(group, stamp))
@@ -225,9 +181,10 @@ class Execution:
             for start in range(0, len(reads), GROUP):
                 with at_once(self.settle):
                     for index in reads[start : start + GROUP]:
-                        reply = read_reply(cast(Query, self.operations[index]), connection)
+                        query = cast(Query, self.operations[index])
+                        outcome = outcome_of(query, connection.read_some(reply_count(query)))
                         unread -= 1
-                        self._read(index, reply, again)
+                        self.read(index, outcome, again)
             replies: list[Any] = []
             confirmed = layout.min_replicas
             if confirmed and sent:
@@ -238,9 +195,9 @@ class Execution:
             for group in sent:
                 reply = replies[answered] if replies else self._reply(connection, group)
                 answered += 1
-                if type(reply) is list:
+                if not isinstance(reply, ServerError):
                     with at_once(self.settle):
-                        self._answered(pool, group, reply, again, confirmed)
+                        self.answered(pool, group, reply, again, confirmed)
                 else:
                     self._failed(reply, group, again)
                     unloaded = unloaded or reply.code == "NOSCRIPT"
@@ -262,11 +219,6 @@ class Execution:
             else:
                 pool.discard(connection)
 
-    def _packed_read(self, index: int) -> bytes:
-        query = cast(Query, self.operations[index])
-        names = self.layout.names(query.context_id)
-        return pack_read(query, names.state, names.history)
-
     def _packed(self, group: list[int], stamp: int) -> bytes:
         if not self.unknown and not self.floors and not self.asking:
             return self.layout.pack(self.operations, group, stamp, 0)
@@ -282,44 +234,33 @@ class Execution:
 
     # --- answers ---
 
-    def _read(self, index: int, reply: Any, again: list[int]) -> None:
-        """The answer to a plain read."""
-        if isinstance(reply, ServerError):
-            if reply.code in ("WRONGTYPE", "ASK"):
-                self.scripted.add(index)
-                again.append(index)
-            else:
-                self._failed(reply, [index], again)
-            return
-        query = cast(Query, self.operations[index])
-        outcome: Outcome | StateError
-        try:
-            fields, exists, messages = reply
-            outcome = snapshot_of(query, fields, messages)
-        except StateError as error:
-            outcome = error
-        if outcome is None and exists and not reads_everything(query):
-            # None of our fields: somebody else's hash, about which the script has more to say.
+    def read(self, index: int, outcome: Outcome | StateError | ServerError, again: list[int]) -> None:
+        """What came of a plain read."""
+        if not isinstance(outcome, ServerError):
+            self.settle(index, outcome)
+        elif outcome.code in ("WRONGTYPE", "ASK"):
             self.scripted.add(index)
             again.append(index)
         else:
-            self.settle(index, outcome)
+            self._failed(outcome, [index], again)
 
-    def _answered(self, pool: Pool, group: list[int], reply: list[Any], again: list[int], confirmed: Any) -> None:
-        header = reply[0]
+    def answered(
+        self, pool: Pool, group: list[int], reply: bytes | list[Any], again: list[int], confirmed: Any
+    ) -> None:
+        """The answer to a call of the script."""
+        header, *details = (reply,) if isinstance(reply, bytes) else reply
         self.now = int(header[:16])
         pool.offset = self.now - int(monotonic() * MICROSECONDS)
         settle = self.settle
         codes = header[16:]
         short = not isinstance(confirmed, int) or confirmed < self.layout.min_replicas
-        if len(reply) == 1 and not short and codes == b"k" * len(group):
+        if not details and not short and codes == b"k" * len(group):
             for index in group:
                 settle(index, b"")
             return
-        details = iter(reply)
-        next(details)
+        more = iter(details)
         for index, code in zip(group, codes, strict=True):
-            detail = next(details) if code in _DETAILED else None
+            detail = next(more) if code in _DETAILED else None
             operation: Any = self.operations[index]
             outcome: Outcome | StateError
             try:
@@ -345,18 +286,11 @@ class Execution:
         already_applied(cast(Commit, self.given[index]))
 
     def _fields(self, index: int, query: Any, detail: Any) -> Outcome:
-        return snapshot_of(query, detail, None)
+        return snapshot_of(query, detail, None, None)
 
     def _snapshot(self, index: int, query: Any, detail: Any) -> Outcome:
         stored, first, messages, everything = detail
-        if everything:
-            pairs = iter(everything)
-            variables, metadata = named(query, dict(zip(pairs, pairs, strict=True)))
-        else:
-            values = iter(stored[8:])
-            variables = {key: value for key in query.variables or () if (value := next(values)) is not None}
-            metadata = {key: value for key in query.metadata or () if (value := next(values)) is not None}
-        return snapshot(query, stored[:8], variables, metadata, messages, int(first))
+        return snapshot_of(query, everything or stored, messages, int(first))
 
     def _nothing(self, index: int, operation: Any, detail: Any) -> Outcome:
         return None

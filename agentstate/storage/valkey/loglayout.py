@@ -32,7 +32,9 @@ from ..jobs import delays_others
 from .execution import Execution
 from .failures import repeat
 from .listing import Listed, chosen, scan_page
+from .lone import carry_out, is_lone
 from .nodes import Servers
+from .reads import pack_read
 from .script import (
     ATTEMPT,
     GROUP,
@@ -87,10 +89,10 @@ class LogLayout:
         listings = [index for index in others if type(operations[index]) is Listing]
         if listings:
             others = [index for index in others if type(operations[index]) is not Listing]
-        if others:
-            execution = Execution(self, cast(Sequence[OnContext], operations), settle)
-            if len(others) > 1 or delays_others(settle) or not execution.at_once(others[0]):
-                execution.run(others)
+        if is_lone(operations) and not listings and not delays_others(settle):
+            carry_out(self, cast(Sequence[OnContext], operations), settle)
+        elif others:
+            Execution(self, cast(Sequence[OnContext], operations), settle).run(others)
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
 
@@ -100,9 +102,7 @@ class LogLayout:
         if type(operation) is Listing:
             outcomes[0] = self._list(operation)
         else:
-            execution = Execution(self, cast(Sequence[OnContext], (operation,)), outcomes.__setitem__)
-            if not execution.at_once(0):
-                execution.run([0])
+            carry_out(self, (cast(OnContext, operation),), outcomes.__setitem__)
         outcome: Outcome | StateError = outcomes[0]
         if isinstance(outcome, StateError):
             raise outcome
@@ -150,11 +150,16 @@ class LogLayout:
             groups[-1].extend(together)
         return groups
 
+    def pack_read(self, query: Query) -> bytes:
+        """The commands of a plain read, packed."""
+        names = self._names.get(query.context_id) or self.names(query.context_id)
+        return pack_read(query, names.state, names.history)
+
     def pack(self, operations: Sequence[OnContext], group: list[int], not_after: int, earlier: int) -> bytes:
         """One call of the script, packed."""
         keys: list[bytes] = []
         arguments: list[bytes] = []
-        count = 4 + 3 * len(group)  # EVALSHA, its hash, the number of keys, the settings; three keys each
+        count = 0
         leases = 0
         known = self._names
         for index in group:
@@ -168,7 +173,8 @@ class LogLayout:
                 leases += 1
         return b"".join(
             (
-                b"*%d\r\n" % (count + leases),
+                b"*%d\r\n"
+                % (count + 3 * len(group) + leases + 4),  # EVALSHA, its hash, the number of keys, the settings
                 self._head,
                 number(3 * len(group) + leases),
                 *keys,

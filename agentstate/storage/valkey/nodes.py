@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic
 from typing import Any, Final
@@ -21,12 +21,16 @@ class Pool:
     """Connections to one server, each used by one caller at a time. Thread-safe.
 
     `offset` turns a reading of this process's monotonic clock (microseconds) into the server's time.
+
+    Idle connections are taken and given back without the lock: popping from a list and appending to it are one step
+    each. So the list itself is never replaced, and who waits says so before looking for an idle one.
     """
 
     def __init__(self, connect: Callable[[Pool, float], Connection], limit: int) -> None:
         self._connect = connect
         self._limit = limit
         self.offset = 0
+        self._second = b""  # of the server's time, in which `offset` was last set
         self._closed = False
         self.forget()
 
@@ -35,41 +39,44 @@ class Pool:
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._idle: list[Connection] = []
-        self._open = 0
+        self._open: set[Connection] = set()
+        self._connecting = 0
         self._waiting = 0
-        self.sent = self.received = 0  # bytes, on connections that were given back since
+        self._sent = self._received = 0  # bytes, on connections that are closed
 
     def acquire(self, deadline: float) -> Connection:
         """A connection that answers until `deadline`. Raises LostConnectionError, ServerError, StateTimeoutError."""
         with self._lock:
-            while not self._idle and self._open >= self._limit:
-                self._waiting += 1
-                try:
+            self._waiting += 1
+            try:
+                while (connection := self._idle_one()) is None and len(self._open) + self._connecting >= self._limit:
                     left = deadline - monotonic()
                     if left <= 0 or not self._freed.wait(left):
                         raise StateTimeoutError(
                             f"all {self._limit} connections (max_connections) were in use until the deadline; not done"
                         )
-                finally:
-                    self._waiting -= 1
-            if self._idle:
-                connection = self._idle.pop()
+            finally:
+                self._waiting -= 1
+            if connection is not None:
                 connection.deadline = deadline
                 return connection
-            self._open += 1
+            self._connecting += 1
         try:
-            return self._connect(self, deadline)
+            connection = self._connect(self, deadline)
         except BaseException:
             with self._lock:
-                self._left()
+                self._connecting -= 1
+                self._freed.notify()
             raise
+        with self._lock:
+            self._connecting -= 1
+            self._open.add(connection)
+        return connection
 
     def acquire_idle(self, deadline: float) -> Connection | None:
         """A connection if one is there already, and there is time."""
-        with self._lock:
-            if not self._idle or deadline <= monotonic():
-                return None
-            connection = self._idle.pop()
+        if deadline <= monotonic() or (connection := self._idle_one()) is None:
+            return None
         connection.deadline = deadline
         return connection
 
@@ -86,48 +93,53 @@ class Pool:
 
     def release(self, connection: Connection) -> None:
         """Give back a connection on which every reply was read."""
-        with self._lock:
-            self._take_note(connection)
-            if not self._closed:
-                self._idle.append(connection)
-                if self._waiting:
-                    self._freed.notify()
-                return
-            self._left()
-        connection.close()
+        self._idle.append(connection)
+        if self._closed:
+            self._close(())
+        elif self._waiting:
+            with self._lock:
+                self._freed.notify()
 
     def discard(self, connection: Connection) -> None:
         """Close a connection that is in an unknown state, and the idle ones, which are likely to be as dead."""
-        with self._lock:
-            self._take_note(connection)
-            self._left()
-            idle, self._idle = self._idle, []
-            self._open -= len(idle)
-        for broken in (connection, *idle):
-            broken.close()
+        self._close((connection,))
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            self._open -= len(idle)
-        for connection in idle:
-            connection.close()
+        self._closed = True
+        self._close(())
 
     def figures(self) -> tuple[int, int, int, int]:
         """Connections that are idle, those that are used, and bytes that were sent and received."""
         with self._lock:
-            return len(self._idle), self._open - len(self._idle), self.sent, self.received
+            idle = len(self._idle)
+            sent = self._sent + sum(connection.sent for connection in self._open)
+            received = self._received + sum(connection.received for connection in self._open)
+            return idle, len(self._open) + self._connecting - idle, sent, received
 
-    def _take_note(self, connection: Connection) -> None:
-        self.sent += connection.sent
-        self.received += connection.received
-        connection.sent = connection.received = 0
+    def hear(self, header: bytes) -> None:
+        """Set `offset` by an answer of the script; once a second, since clocks do not drift faster."""
+        second = header[:10]
+        if second != self._second:
+            self._second = second
+            self.offset = int(header[:16]) - int(monotonic() * 1_000_000)
 
-    def _left(self) -> None:
-        self._open -= 1
-        if self._waiting:
-            self._freed.notify()
+    def _idle_one(self) -> Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _close(self, some: Iterable[Connection]) -> None:
+        """Close these connections and the idle ones."""
+        with self._lock:
+            broken = [*some, *iter(self._idle_one, None)]
+            for connection in broken:
+                self._open.discard(connection)
+                self._sent += connection.sent
+                self._received += connection.received
+            self._freed.notify(len(broken))
+        for connection in broken:
+            connection.close()
 
 
 class Servers:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Final
 
-from ...errors import StateConflictError, StateCorruptedError
+from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...operations import Query, Snapshot
 from ..resolve import access_error
-from .wire import Connection, ServerError, bulk, number
+from .wire import ServerError, bulk, number
 
 BASE: Final = ("id", "user", "created", "updated", "rev", "start", "end", "exp")
 """The fields of a context's hash that are neither variables nor metadata."""
@@ -60,53 +60,73 @@ def _around_key(variables: tuple[str, ...], metadata: tuple[str, ...]) -> tuple[
     return b"*%d\r\n$5\r\nHMGET\r\n" % (10 + len(fields)), _PACKED_BASE + b"".join(fields)
 
 
-def read_reply(query: Query, connection: Connection) -> Any:
-    """What the server answers to a plain read: a ServerError, or fields, whether there is any, messages or None."""
-    count = 1 if reads_everything(query) else 2
-    if query.history is None:
-        replies = [connection.read() for _ in range(count)]
-        answers = replies
-    else:
-        replies = [connection.read() for _ in range(count + 2)]
-        answers = connection.read()
-        replies += answers if isinstance(answers, list) else (answers,)
+def reply_count(query: Query) -> int:
+    """How many replies there are to a plain read."""
+    return (1 if reads_everything(query) else 2) + (0 if query.history is None else 3)
+
+
+def outcome_of(query: Query, replies: list[Any]) -> Snapshot | StateError | ServerError | None:
+    """What the replies to a plain read mean. A ServerError tells that they do not answer the query."""
     for reply in replies:
         if isinstance(reply, ServerError):
             return reply
-    return answers[0], count == 1 or answers[1], None if query.history is None else answers[-1]
+    messages: list[bytes] | None = None
+    if query.history is not None:
+        replies = replies[-1]
+        for reply in replies:
+            if isinstance(reply, ServerError):
+                return reply
+        messages = replies[-1]
+    try:
+        outcome = snapshot_of(query, replies[0], messages, None)
+    except StateError as error:
+        return error
+    if outcome is None and not reads_everything(query) and replies[1]:
+        return ServerError("WRONGTYPE a hash without our fields")
+    return outcome
 
 
-def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None) -> Snapshot | None:
-    """The snapshot that the answer to a plain read is, or None where there is no context. Raises a StateError."""
+def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None, first: int | None) -> Snapshot | None:
+    """The snapshot that was read, or None where there is no context. Raises a StateError.
+
+    `fields`: names and values of the whole hash if the query reads everything, else the values of `BASE` and of the
+    keys it names. `first`: the position of the first message; None where they are the last ones.
+    """
+    variables: dict[str, bytes] = {}
+    metadata: dict[str, bytes] = {}
     if reads_everything(query):
         pairs = iter(fields)
         found = dict(zip(pairs, pairs, strict=True))
         if not found:
             return None
-        base = [found.get(name) for name in _BASE]
-        variables, metadata = named(query, found)
+        base = [found.pop(name, None) for name in _BASE]
+        for field, value in found.items():
+            space = field[:2]
+            if space == b"v:":
+                variables[field[2:].decode()] = value
+            elif space == b"m:":
+                metadata[field[2:].decode()] = value
+        if query.variables is not None:
+            variables = {key: variables[key] for key in query.variables if key in variables}
+        if query.metadata is not None:
+            metadata = {key: metadata[key] for key in query.metadata if key in metadata}
     else:
         base = fields[:8]
         if base[0] is None:
             return None
-        values = iter(fields[8:])
-        variables = {key: value for key, value in zip(query.variables or (), values, strict=False) if value is not None}
-        metadata = {key: value for key, value in zip(query.metadata or (), values, strict=True) if value is not None}
-    return snapshot(query, base, variables, metadata, messages, None)
+        place = 8
+        for key in query.variables or ():
+            if (value := fields[place]) is not None:
+                variables[key] = value
+            place += 1
+        for key in query.metadata or ():
+            if (value := fields[place]) is not None:
+                metadata[key] = value
+            place += 1
+    return _snapshot(query, base, variables, metadata, messages, first)
 
 
-def named(query: Query, found: dict[bytes, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The variables and the metadata that a query wants, out of all fields of a hash."""
-    variables = {field[2:].decode(): value for field, value in found.items() if field[:2] == b"v:"}
-    metadata = {field[2:].decode(): value for field, value in found.items() if field[:2] == b"m:"}
-    return _selected(variables, query.variables), _selected(metadata, query.metadata)
-
-
-def _selected(found: dict[str, bytes], keys: tuple[str, ...] | None) -> dict[str, bytes]:
-    return found if keys is None else {key: found[key] for key in keys if key in found}
-
-
-def snapshot(
+def _snapshot(
     query: Query,
     base: list[Any],
     variables: dict[str, bytes],
@@ -114,7 +134,6 @@ def snapshot(
     messages: list[bytes] | None,
     first: int | None,
 ) -> Snapshot:
-    """The snapshot of the `BASE` fields and what was read beside. `first` None: the messages are the last ones."""
     try:
         context_id, user, created, updated, revision, start, end, expires = base
         if context_id.decode() != query.context_id:
@@ -122,30 +141,23 @@ def snapshot(
         owner = user.decode() or None
         if query.user is not None and query.user != owner:
             raise access_error(query.context_id)
-        stop = int(end)
-        result = Snapshot(
-            owner,
-            int(created),
-            int(updated),
-            int(revision),
-            int(start),
-            stop,
-            variables,
-            metadata,
-            stop - len(messages or ()) if first is None else first,
+        begin, stop = int(start), int(end)
+        if messages is None:
+            first = stop
+        elif first is None:
+            first = stop - len(messages)
+            limit = query.history.limit if query.history is not None else None
+            if first != (begin if limit is None else max(begin, stop - limit)):
+                raise torn_history(query.context_id)
+        return Snapshot(
+            owner, int(created), int(updated), int(revision), begin, stop, variables, metadata, first,
             () if messages is None else messages,
             int(expires) if expires else None,
-        )
+        )  # fmt: skip
     except (AttributeError, ValueError, TypeError) as error:
         raise StateCorruptedError(
             f"the hash of {query.context_id!r} lacks what every context has; left as it is", context_id=query.context_id
         ) from error
-    if messages is not None and first is None:
-        count = result.end - result.start
-        limit = query.history.limit if query.history is not None else None
-        if len(messages) != (count if limit is None else min(limit, count)):
-            raise torn_history(query.context_id)
-    return result
 
 
 def foreign(stored_id: bytes, context_id: str) -> StateConflictError:

@@ -9,8 +9,8 @@
 --   ttl        microseconds, or 0
 --   earlier    the largest not_after of earlier copies of these operations, whose fate is unknown; or 0
 --   confirm    1: replicas will be waited for, so even a commit that was applied before has to write something
--- Answers an array: first this server's time (16 digits) with a code letter for each operation, then an element for
--- each code that has more to say.
+-- Answers this server's time (16 digits) with a code letter for each operation; where codes have more to say, an array
+-- of it and an element for each of them.
 --
 -- Remembered commits are a list, oldest first, of their ids. What belongs to one follows it: '\n', its time, '\n', its
 -- answer; or '\t', its time, '\t', and the not_after of a copy that was on its way when the commit was refused. A last
@@ -18,9 +18,9 @@
 -- a commit that may be there: one whose id the caller gave, one that was sent before, and any commit of a context for
 -- which such a copy may still be on its way. Until when that may be is the hash's field "guard".
 --
--- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Every function that is made here, and
--- every variable that it catches, costs about as much as a command, and that for each call of the script: so what most
--- calls ask comes first, without any function, and the others are made when they are needed.
+-- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Functions are made anew by each call of
+-- the script, and every variable that one catches costs a fifth of a command. So what most calls ask comes first, without
+-- any function; the others are made when they are needed, and are given what they need as a table, `at`.
 
 local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
 local clock = call('TIME')
@@ -33,18 +33,16 @@ if not not_after then
 end
 -- A call from the far future was stamped before the clock was set back: its commits would be forgotten too early.
 local late = now > not_after or not_after > now + WINDOW
-local wrote = false -- whether the operation at hand has written something
 local codes, results, m = {}, { '' }, 1
 local a, k, i, last = 2, 1, 0, #args
 local usual = not late and earlier == 0
 local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
-local carry_out -- carries out any operation, and answers as pcall does; made below when it is needed
+local at -- what is needed for any operation; made below when it is needed
 repeat
 while a <= last do
   local shape = args[a]
   local high, middle, low, kind = string.byte(shape, 1, 4)
-  local fine, code, detail = true
-  wrote = false
+  local code, detail
   if unfinished and unfinished[keys[k]] then
     code = 'z'
   elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
@@ -112,45 +110,59 @@ while a <= last do
       end
     end
   end
-  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd') then
-    -- A number added to a variable; a key dropped.
-    local state, field = keys[k], args[a + 3]
-    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', field)
-    local revision, value, answer = tonumber(stored[3]), stored[6], nil
-    if kind == 67 and string.byte(shape, 5) == 100 then
-      answer = value and 'true' or 'false'
-    else
+  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd' or shape == '\0\0\7CerS'
+      or shape == '\0\0\2CC') then
+    -- A number added to a variable; a key dropped; a key set if a variable has a value; nothing, for a context that exists.
+    local state, field, part = keys[k], args[a + 3], string.byte(shape, 5)
+    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', part ~= 67 and field or 'id')
+    local revision, value, answer, changed = tonumber(stored[3]), stored[6], nil, nil
+    if part == 73 then
       local before, by = value or '0', args[a + 4]
       if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
         answer = string.format('%.0f', before + by)
+        changed = answer
       end
+    elseif part == 100 then
+      answer = value and 'true' or 'false'
+    elseif part == 101 then
+      answer = value == args[a + 4] and #args[a + 5] <= LARGEST_KEPT and args[a + 5]
+      field, changed = args[a + 6], args[a + 7]
     end
-    if answer and stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
+    if stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
       and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
-      local companion = '\n' .. now_text .. '\n' .. answer
-      if type(attempt('RPUSH', keys[k + 2], args[a + 2], companion)) == 'number' then
+      if part == 67 then
+        code = 'k'
+      elseif answer and type(attempt('RPUSH', keys[k + 2], args[a + 2], '\n' .. now_text .. '\n' .. answer)) == 'number' then
         code, detail = 'a', answer
-        if answer == 'true' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
-          call('HDEL', state, field)
-        elseif answer == 'false' then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+        if changed then
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, changed)
         else
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, answer)
+          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
+          if value then
+            call('HDEL', state, field)
+          end
         end
       end
     end
   end
   if not code then
-    if not carry_out then
+    if not at then
       break
     end
-    fine, code, detail = carry_out(kind, shape, a + 1, k)
+    local fine
+    at.wrote, at.repeated = false, true
+    if kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
+      fine, code, detail = pcall(at.commit, at, shape, a + 1, k)
+    elseif kind == 81 then -- Q
+      fine, code, detail = pcall(at.query, at, shape, a + 1, k)
+    else -- L: a lease; D, G: a conversion, G needs the lease
+      fine, code, detail = pcall(at:seldom()[kind == 76 and 'lease' or 'convert'], shape, a + 1, k)
+    end
     if not fine then
       detail = type(code) == 'table' and code.err or tostring(code)
-      code = wrote and 'E' or 'e'
-      if not wrote and (kind == 67 or kind == 70) then
-        fine, code, detail = carry_out(0, detail, a + 1, k)
+      code = at.wrote and 'E' or 'e'
+      if code == 'e' and (kind == 67 or kind == 70) then
+        code, detail = at:seldom().refused(keys[k + 2], args[a + 2], detail)
       end
     end
     if string.find('deLuz', code, 1, true) then
@@ -168,13 +180,19 @@ while a <= last do
   k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
 end
 if a <= last then -- What is not of the most frequent kinds.
-local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
-local floor, concat = math.floor, table.concat
-local repeated = true -- whether the id of the commit at hand may be among those remembered
+at = { now = now, now_text = now_text, not_after = not_after, ttl = ttl, earlier = earlier, confirm = confirm, late = late }
 
 -- What most commits do without.
-local function seldom()
+function at.seldom(at)
+  if at.made then
+    return at.made
+  end
   local make = {}
+  at.made = make
+  local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
+  local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
+  local floor, concat = math.floor, table.concat
+  local now, now_text, not_after, ttl, earlier = at.now, at.now_text, at.not_after, at.ttl, at.earlier
 
   function make.each_thousand(command, key, items)
     local last
@@ -227,7 +245,7 @@ local function seldom()
       end
       return
     end
-    if confirm then
+    if at.confirm then
       call('LSET', commits, place, commit_id)
     end
     if not value or value == '' then
@@ -241,7 +259,7 @@ local function seldom()
   -- The outcome of a commit that changes nothing: unless it did before. `state`: the hash, if there is one.
   function make.unchanged(state, k, commit_id, code, detail)
     local commits = keys[k + 2]
-    if repeated then
+    if at.repeated then
       local before, answer = make.known(commits, commit_id)
       if before then
         return before, answer
@@ -263,15 +281,16 @@ local function seldom()
   end
 
   -- Forgets the commits that are neither among the last ones nor could still arrive a second time.
-  function make.forget(commits)
-    local spare = call('LLEN', commits) - 2 * REMEMBERED -- each id has at most one element that belongs to it
+  function make.forget(commits, length)
+    local spare = length - 2 * REMEMBERED -- each id has at most one element that belongs to it
     while spare > 0 do
       local oldest, old = call('LRANGE', commits, 0, math.min(spare, 2 * REMEMBERED) - 1), 0
-      for i = #oldest, 1, -1 do
-        local time = tonumber(match(oldest[i], '^[\n\t](%d+)') or '')
-        if time and time < now - WINDOW then
-          old = i -- and so are those before it
-          break
+      for i = 1, #oldest do
+        local time = (byte(oldest[i]) or 0) < 32 and tonumber(match(oldest[i], '^[\n\t](%d+)') or '')
+        if time and time >= now - WINDOW then
+          break -- and so are those behind it
+        elseif time then
+          old = i
         end
       end
       if old == 0 then
@@ -340,7 +359,7 @@ local function seldom()
     local state, history, commits, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a + 1]
     local document, answer = args[a + 2], args[a + 3]
     a = a + 4
-    if late then
+    if at.late then
       return make.unchanged(nil, k, commit_id, 'L', '')
     end
     if byte(shape, 5) == 102 then
@@ -368,7 +387,7 @@ local function seldom()
     ids[#ids + 1] = commit_id
     ids[#ids + 1] = concat({ '\n', now_text, '\n', #answer > LARGEST_KEPT and '!' or answer })
     call('RPUSH', commits, unpack(ids))
-    wrote = true
+    at.wrote = true
     call('UNLINK', state)
     if count == 0 then -- the commit deletes it
       mark_cleared(commits)
@@ -398,7 +417,7 @@ local function seldom()
   -- Takes (t), renews (r) or gives back (l) the lease of a turn. u: bound to a user.
   function make.lease(shape, a, k)
     local id, token, milliseconds = args[a], args[a + 1], args[a + 2]
-    if late then
+    if at.late then
       return 'L', ''
     end
     if byte(shape, 6) == 117 then
@@ -438,8 +457,6 @@ local function seldom()
   return make
 end
 
-local rare = nil -- what `seldom` has made
-
 -- A change of a context. Letters of the conditions, which come first:
 --   q the id was given by the caller; u bound to a user; f inside a turn; n not to exist; w idle for microseconds; e, g a variable has a value, is absent;
 --   r what is answered if no change does
@@ -447,13 +464,14 @@ local rare = nil -- what `seldom` has made
 --   A append a message; B append several; S set a key; M set several; Y, Z replace all variables, all metadata;
 --   I increment; J the same, added up by the client; C exist; O exist, owned; T set the owner; R restore;
 --   d drop a key; t trim; p pop; x delete
-local function commit(shape, a, k)
+function at.commit(at, shape, a, k)
+  local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
+  local byte, now, now_text, ttl, earlier = string.byte, at.now, at.now_text, at.ttl, at.earlier
   local state, history, commits, id, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a], args[a + 1]
   a = a + 2
   local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'start', 'end', 'user', 'exp', 'guard')
   if stored.err then
-    rare = rare or seldom()
-    return rare.strange(stored, k)
+    return at:seldom().strange(stored, k)
   end
   local exists = stored[1] and true
   if exists and stored[1] ~= id then
@@ -462,9 +480,8 @@ local function commit(shape, a, k)
     return 'w', { state, 'hash' } -- somebody else's: ours has an id
   end
   local hash = exists and state
-  if late then
-    rare = rare or seldom()
-    return rare.unchanged(hash, k, commit_id, 'L', '')
+  if at.late then
+    return at:seldom().unchanged(hash, k, commit_id, 'L', '')
   end
 
   local user, updated, revision, start, keep, expires, guard = '', 0, 0, 0, 0, '', 0
@@ -472,12 +489,13 @@ local function commit(shape, a, k)
     updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
     user, expires, guard = stored[6], stored[7], tonumber(stored[8]) or 0
   end
-  repeated = not exists or earlier > 0 or now <= guard
+  at.repeated = not exists or earlier > 0 or now <= guard -- whether the id may be among those remembered
   local first, last, owner = start, keep, user -- as stored
   local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
   local fresh, n -- messages to append: the table of several, the one, or none
   n = 0
   local answer, touched, deletes = '', false, false
+  local counted = false -- whether the list of messages was found to be as long as it should be
   -- Keys that were set (or dropped: false); whether nothing that is stored in that space counts any more
   local pending, no_variables, no_metadata = nil, not exists, not exists
 
@@ -505,8 +523,7 @@ local function commit(shape, a, k)
     elseif part == 117 then -- u
       bound = args[a]
       if exists and user ~= bound then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'o')
+        return at:seldom().unchanged(hash, k, commit_id, 'o')
       end
       a = a + 1
     elseif part == 116 then -- t
@@ -525,8 +542,7 @@ local function commit(shape, a, k)
       a = a + 1
     elseif part == 102 then -- f
       if call('GET', keys[k + 3]) ~= args[a] then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'l')
+        return at:seldom().unchanged(hash, k, commit_id, 'l')
       end
       a = a + 1
     elseif part == 73 or part == 74 or part == 100 then -- I, J, d
@@ -552,11 +568,10 @@ local function commit(shape, a, k)
         local total
         if part == 73 then
           local before, by = current or '0', args[a + 1]
-          if #before < 15 and #by < 15 and find(before, '^-?%d+$') and find(by, '^-?%d+$') then
-            total = format('%.0f', before + by)
+          if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
+            total = string.format('%.0f', before + by)
           else
-            rare = rare or seldom()
-            total = rare.sum(before, by)
+            total = at:seldom().sum(before, by)
           end
           a = a + 2
         else -- from this value, or none
@@ -564,8 +579,7 @@ local function commit(shape, a, k)
           a = a + 4
         end
         if not total then
-          rare = rare or seldom()
-          return rare.unchanged(hash, k, commit_id, 'u', { j - 5, current })
+          return at:seldom().unchanged(hash, k, commit_id, 'u', { j - 5, current })
         end
         pending[field], answer = total, total
       end
@@ -582,12 +596,10 @@ local function commit(shape, a, k)
     elseif part == 77 or part == 89 or part == 90 then -- M, Y, Z
       pending = pending or {}
       if part == 89 then
-        rare = rare or seldom()
-        rare.hide(pending, 118)
+        at:seldom().hide(pending, 118)
         no_variables = true
       elseif part == 90 then
-        rare = rare or seldom()
-        rare.hide(pending, 109)
+        at:seldom().hide(pending, 109)
         no_metadata = true
       end
       local count = tonumber(args[a])
@@ -600,7 +612,10 @@ local function commit(shape, a, k)
       local count = math.min(tonumber(args[a]), keep + n - start)
       local popped, from_stored = {}, math.max(0, count - n)
       if from_stored > 0 then
-        popped = call('LRANGE', history, keep - from_stored - first, keep - 1 - first)
+        -- One more than there should be, if these are the last: so their number tells whether the list is as long as it
+        -- should be.
+        counted = keep == last or counted
+        popped = call('LRANGE', history, keep - from_stored - first, keep - (keep == last and 0 or 1) - first)
         if #popped ~= from_stored then
           return 'b'
         end
@@ -612,7 +627,7 @@ local function commit(shape, a, k)
         fresh[i] = nil
       end
       n = stays
-      answer = '[' .. concat(popped, ',') .. ']'
+      answer = '[' .. table.concat(popped, ',') .. ']'
       a = a + 1
     elseif part == 120 then -- x
       touched = touched or present
@@ -623,8 +638,7 @@ local function commit(shape, a, k)
     elseif part == 79 then -- O
       if user ~= args[a] then
         if user ~= '' then
-          rare = rare or seldom()
-          return rare.unchanged(hash, k, commit_id, 'o')
+          return at:seldom().unchanged(hash, k, commit_id, 'o')
         end
         user, touched = args[a], true
       end
@@ -642,32 +656,28 @@ local function commit(shape, a, k)
       a = a + 6
     elseif part == 110 then -- n
       if exists then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'x')
+        return at:seldom().unchanged(hash, k, commit_id, 'x')
       end
     elseif part == 119 then -- w
       if not exists or math.min(updated, now) > now - tonumber(args[a]) then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'a', 'false')
+        return at:seldom().unchanged(hash, k, commit_id, 'a', 'false')
       end
       a = a + 1
     elseif part == 101 then -- e
       if (exists and call('HGET', state, args[a])) ~= args[a + 1] then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'a', '?')
+        return at:seldom().unchanged(hash, k, commit_id, 'a', '?')
       end
       a = a + 2
     elseif part == 103 then -- g
       if exists and call('HEXISTS', state, args[a]) == 1 then
-        rare = rare or seldom()
-        return rare.unchanged(hash, k, commit_id, 'a', '?')
+        return at:seldom().unchanged(hash, k, commit_id, 'a', '?')
       end
       a = a + 1
     elseif part == 114 then -- r
       answer = args[a]
       a = a + 1
     elseif part == 113 then -- q
-      repeated = true
+      at.repeated = true
     end
   end
   if not touched then
@@ -675,9 +685,8 @@ local function commit(shape, a, k)
     if answer ~= '' then
       code, detail = 'a', answer
     end
-    if repeated then
-      rare = rare or seldom()
-      return rare.unchanged(hash, k, commit_id, code, detail)
+    if at.repeated then
+      return at:seldom().unchanged(hash, k, commit_id, code, detail)
     end
     return code, detail
   end
@@ -685,7 +694,7 @@ local function commit(shape, a, k)
   -- `updated` never goes backwards.
   local time = now_text
   if updated >= now then
-    time = format('%016.0f', updated + 1)
+    time = string.format('%016.0f', updated + 1)
   end
 
   -- What could fail comes before the first write, or is the first write.
@@ -696,45 +705,47 @@ local function commit(shape, a, k)
     if kind ~= 'none' and kind ~= 'list' then
       return 'w', { history, kind }
     end
-    debris = kind == 'list' -- if not of this context, then of a hash that somebody deleted
-  elseif (start > first or keep < last) and call('LLEN', history) ~= last - first then
+    debris = kind == 'list' and not exists -- of a hash that somebody deleted
+  elseif (start > first or keep < last) and not counted and call('LLEN', history) ~= last - first then
     return 'b'
   end
-  if repeated then
-    rare = rare or seldom()
-    local code, detail = rare.known(commits, commit_id)
+  local newest = exists or call('LINDEX', commits, -1) -- of the commits of a context that was here before, if any
+  if at.repeated and newest then
+    local code, detail = at:seldom().known(commits, commit_id)
     if code then
       return code, detail
     end
   end
   if created then
-    -- A copy of a commit of the context that was here before may be on its way.
-    guard = call('EXISTS', commits) == 1 and now + WINDOW or 0
+    guard = newest and now + WINDOW or 0 -- a copy of one of them may be on its way
   end
-  if not exists then
-    rare = rare or seldom()
-    rare.unmark(commits)
-  elseif deletes then
+  if newest == '\r' then
+    call('RPOP', commits)
+  elseif deletes and exists then
     call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any
-    wrote = true
+    at.wrote = true
   end
   revision = revision + 1
+  local remembered -- how many elements there are now
   if answer ~= '' or revision % REMEMBERED == 0 then -- now and then one with its time, for `forget`
-    call('RPUSH', commits, commit_id, concat({ '\n', now_text, '\n', #answer > LARGEST_KEPT and '!' or answer }))
+    local kept = '\n' .. now_text .. '\n' .. (#answer > LARGEST_KEPT and '!' or answer)
+    if present then
+      remembered = call('RPUSH', commits, commit_id, kept)
+    else -- deleted; that always has an answer
+      remembered = call('RPUSH', commits, commit_id, kept, '\r')
+    end
   else
-    call('RPUSH', commits, commit_id)
+    remembered = call('RPUSH', commits, commit_id)
   end
-  wrote = true
+  at.wrote = true
   if debris then
     call('UNLINK', history)
   end
   if not present then
-    rare = rare or seldom()
-    rare.forget(commits)
-    rare.mark_cleared(commits)
-    if answer == '' then
-      return 'k'
+    if remembered > 2 * REMEMBERED then
+      at:seldom().forget(commits, remembered)
     end
+    call('PEXPIRE', commits, REMEMBER_CLEARED)
     return 'a', answer
   end
 
@@ -758,8 +769,7 @@ local function commit(shape, a, k)
     elseif n <= 1000 then
       length = attempt('RPUSH', history, unpack(fresh, 1, n))
     else
-      rare = rare or seldom()
-      length = rare.each_thousand('RPUSH', history, fresh)
+      length = at:seldom().each_thousand('RPUSH', history, fresh)
     end
     if length ~= last - first + n then
       -- Not the list that the hash counts on: somebody else changed it.
@@ -770,7 +780,7 @@ local function commit(shape, a, k)
         length = 'w'
       end
       call('RPOP', commits, (answer ~= '' or revision % REMEMBERED == 0) and 2 or 1)
-      wrote = false
+      at.wrote = false
       return length, length == 'w' and { history, call('TYPE', history).ok } or nil
     end
   end
@@ -792,7 +802,7 @@ local function commit(shape, a, k)
     local m = 6
     if created then
       set = { 'id', id, 'updated', time, 'rev', revision, 'start', start, 'end', stop, 'user', user,
-        'exp', '', 'guard', format('%.0f', math.max(guard, earlier)), 'created', birth }
+        'exp', '', 'guard', string.format('%.0f', math.max(guard, earlier)), 'created', birth }
       m = 18
     else
       set = { 'updated', time, 'rev', revision, 'end', stop }
@@ -801,7 +811,7 @@ local function commit(shape, a, k)
         m = m + 2
       end
       if earlier > guard then
-        set[m + 1], set[m + 2] = 'guard', format('%.0f', earlier)
+        set[m + 1], set[m + 2] = 'guard', string.format('%.0f', earlier)
         m = m + 2
       end
       if user ~= owner then
@@ -810,7 +820,7 @@ local function commit(shape, a, k)
       end
     end
     if expire then
-      set[m + 1], set[m + 2] = 'exp', format('%.0f', expire)
+      set[m + 1], set[m + 2] = 'exp', string.format('%.0f', expire)
       m = m + 2
     elseif expires ~= '' then
       set[m + 1], set[m + 2] = 'exp', ''
@@ -840,18 +850,17 @@ local function commit(shape, a, k)
     if m <= 1000 then
       call('HSET', state, unpack(set, 1, m))
     else
-      rare = rare or seldom()
-      rare.each_thousand('HSET', state, set)
+      at:seldom().each_thousand('HSET', state, set)
     end
     if gone then
-      rare = rare or seldom()
-      rare.each_thousand('HDEL', state, gone)
+      at:seldom().each_thousand('HDEL', state, gone)
     end
     if expire then
-      rare = rare or seldom()
-      rare.expire_at(k, expire)
+      at:seldom().expire_at(k, expire)
     elseif created then
-      call('PERSIST', commits)
+      if newest then
+        call('PERSIST', commits)
+      end
     elseif expires ~= '' then
       call('PERSIST', state)
       call('PERSIST', history)
@@ -859,8 +868,7 @@ local function commit(shape, a, k)
     end
   end
   if revision % REMEMBERED == 0 then
-    rare = rare or seldom()
-    rare.forget(commits)
+    at:seldom().forget(commits, remembered)
   end
   if answer == '' then
     return 'k'
@@ -869,7 +877,8 @@ local function commit(shape, a, k)
 end
 
 -- Reads. Parts: u bound to a user; h a window of the history; g all fields of the hash, or F so many.
-local function query(shape, a, k)
+function at.query(at, shape, a, k)
+  local call, attempt, keys, args, byte = redis.call, redis.pcall, KEYS, ARGV, string.byte
   local state, history, id = keys[k], keys[k + 1], args[a]
   a = a + 1
   local stored, bound, window
@@ -891,8 +900,7 @@ local function query(shape, a, k)
     end
   end
   if stored.err then
-    rare = rare or seldom()
-    return rare.strange(stored, k)
+    return at:seldom().strange(stored, k)
   end
   if not stored[1] then
     if call('EXISTS', state) == 1 then
@@ -926,24 +934,15 @@ local function query(shape, a, k)
     if position < last then
       messages = call('LRANGE', history, position - start, last - start - 1)
     end
-    first = format('%.0f', position)
+    first = string.format('%.0f', position)
   end
   return 'S', { stored, first, messages, everything or call('HGETALL', state) }
 end
-
-carry_out = function(kind, shape, a, k)
-  if kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
-    return pcall(commit, shape, a, k)
-  elseif kind == 81 then -- Q
-    return pcall(query, shape, a, k)
-  elseif kind == 0 then -- a commit that failed with this problem
-    rare = rare or seldom()
-    return true, rare.refused(keys[k + 2], args[a + 1], shape)
-  end
-  rare, repeated = rare or seldom(), true -- L: a lease; D, G: a conversion, G needs the lease
-  return pcall(kind == 76 and rare.lease or rare.convert, shape, a, k)
-end
 end
 until a > last
-results[1] = now_text .. table.concat(codes)
+local header = now_text .. table.concat(codes)
+if m == 1 then
+  return header -- by itself: making an array of it costs as much as a command
+end
+results[1] = header
 return results

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pkgutil import get_data
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -91,15 +92,10 @@ def script() -> bytes:
 def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a commit, and say how many they are. `context_id` is packed already."""
     _, changes, commit_id, user, fence, absent, idle_for, expect, answer, _, fresh = commit
-    if (
-        fresh
-        and len(changes) == 1
-        and user is None
-        and fence is None
-        and expect is None
-        and idle_for is None
-        and not (absent or answer)
-    ):
+    unconditional = (
+        fresh and user is None and fence is None and expect is None and idle_for is None and not (absent or answer)
+    )
+    if unconditional and len(changes) == 1:
         change = changes[0]  # the most frequent ones, with less ado
         if type(change) is Append and len(change.messages) == 1:
             message = change.messages[0]
@@ -110,35 +106,35 @@ def pack_commit(commit: Commit, context_id: bytes, arguments: list[bytes]) -> in
             return 4
         if type(change) is Put and len(change.items) == 1 and not change.replace:
             ((key, value),) = change.items
-            name = key.encode()
-            space = b"v:" if change.space is Space.VARIABLES else b"m:"
+            field = _variable(key) if change.space is Space.VARIABLES else _metadata(key)
             arguments.append(
-                b"$5\r\n\0\0\4CS\r\n%b$%d\r\n%b\r\n$%d\r\n%b%b\r\n$%d\r\n%b\r\n"
-                % (context_id, len(commit_id), commit_id.encode(), len(name) + 2, space, name, len(value), value)
+                b"$5\r\n\0\0\4CS\r\n%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
+                % (context_id, len(commit_id), commit_id.encode(), field, len(value), value)
             )
             return 5
-    shape = bytearray(b"C" if commit.fence is None else b"F")
-    parts = [context_id, bulk(commit_id.encode())]
-    _pack_conditions(commit, shape, parts)
+    place = len(arguments)
+    arguments += (b"", context_id, b"$%d\r\n%b\r\n" % (len(commit_id), commit_id.encode()))
+    shape = b"C" if fence is None else b"F"
+    if not unconditional:
+        shape += _pack_conditions(commit, arguments)
     for change in changes:
-        _PACKERS[type(change)](change, shape, parts)
-    return _finish(shape, parts, arguments)
+        shape += _PACKERS[type(change)](change, arguments)
+    return _finish(shape, arguments, place)
 
 
 def change_at(commit: Commit, place: int) -> int:
     """Which of a commit's changes the letter at `place` in its shape belongs to."""
-    shape = bytearray()
-    _pack_conditions(commit, shape, [])
+    shape = _pack_conditions(commit, [])
     for index, change in enumerate(commit.changes):
-        _PACKERS[type(change)](change, shape, [])
+        shape += _PACKERS[type(change)](change, [])
         if place < len(shape):
             return index
     raise IndexError(place)
 
 
-def _pack_conditions(commit: Commit, shape: bytearray, parts: list[bytes]) -> None:
-    if not commit.fresh:
-        shape += b"q"
+def _pack_conditions(commit: Commit, parts: list[bytes]) -> bytes:
+    """Add the arguments of what comes before the changes, and return its letters."""
+    shape = b"" if commit.fresh else b"q"
     if commit.user is not None:
         shape += b"u"
         parts.append(bulk(commit.user.encode()))
@@ -153,45 +149,47 @@ def _pack_conditions(commit: Commit, shape: bytearray, parts: list[bytes]) -> No
     if commit.expect is not None:
         key, value = commit.expect
         shape += b"g" if value is None else b"e"
-        parts.append(bulk(b"v:" + key.encode()))
+        parts.append(_variable(key))
         if value is not None:
             parts.append(bulk(value))
     if commit.answer:
         shape += b"r"
         parts.append(bulk(commit.answer))
+    return shape
 
 
 def pack_query(query: Query, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a query, and say how many they are."""
-    shape = bytearray(b"Q")
-    parts = [context_id]
+    place = len(arguments)
+    arguments += (b"", context_id)
+    shape = b"Q"
     if query.user is not None:
         shape += b"u"
-        parts.append(bulk(query.user.encode()))
+        arguments.append(bulk(query.user.encode()))
     if query.history is not None:
         shape += b"h"
         limit, before, first = query.history
-        parts += [_EMPTY if bound is None else number(bound) for bound in (first, before, limit)]
+        arguments += [_EMPTY if bound is None else number(bound) for bound in (first, before, limit)]
     if reads_everything(query):
         shape += b"g"
     else:
         shape += b"F"
         variables, metadata = query.variables or (), query.metadata or ()
-        parts.append(number(len(variables) + len(metadata)))
-        parts += [bulk(b"v:" + key.encode()) for key in variables]
-        parts += [bulk(b"m:" + key.encode()) for key in metadata]
-    return _finish(shape, parts, arguments)
+        arguments.append(number(len(variables) + len(metadata)))
+        arguments += [_variable(key) for key in variables]
+        arguments += [_metadata(key) for key in metadata]
+    return _finish(shape, arguments, place)
 
 
 def pack_lease(lease: Lease, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a lease, and say how many they are."""
-    shape = bytearray(b"L")
-    shape += _ACTIONS[lease.action]
-    parts = [context_id, bulk(lease.token.encode()), number(max(1, int(lease.seconds * 1000)))]
+    place = len(arguments)
+    shape = b"L" + _ACTIONS[lease.action]
+    arguments += (b"", context_id, bulk(lease.token.encode()), number(max(1, int(lease.seconds * 1000))))
     if lease.user is not None:
         shape += b"u"
-        parts.append(bulk(lease.user.encode()))
-    return _finish(shape, parts, arguments)
+        arguments.append(bulk(lease.user.encode()))
+    return _finish(shape, arguments, place)
 
 
 _ACTIONS: Final = {"take": b"t", "renew": b"r", "release": b"l"}
@@ -199,111 +197,127 @@ _ACTIONS: Final = {"take": b"t", "renew": b"r", "release": b"l"}
 
 def pack_conversion(conversion: Conversion, context_id: bytes, arguments: list[bytes]) -> int:
     """Add the packed arguments of a conversion, and say how many they are."""
-    shape = bytearray(b"D" if conversion.fence is None else b"G")
-    parts = [context_id, bulk(conversion.commit_id.encode()), bulk(conversion.document), bulk(conversion.answer)]
+    place = len(arguments)
+    arguments += (b"", context_id, bulk(conversion.commit_id.encode()))
+    arguments += (bulk(conversion.document), bulk(conversion.answer))
+    shape = b"D" if conversion.fence is None else b"Gf"
     if conversion.fence is not None:
-        shape += b"f"
-        parts.append(bulk(conversion.fence.encode()))
-    parts.append(number(2 * len(conversion.fields)))
+        arguments.append(bulk(conversion.fence.encode()))
+    arguments.append(number(2 * len(conversion.fields)))
     for name, value in conversion.fields:
-        parts += (bulk(name), bulk(value))
-    parts.append(number(len(conversion.messages)))
-    parts += map(bulk, conversion.messages)
-    parts.append(number(2 * len(conversion.remembered)))
+        arguments += (bulk(name), bulk(value))
+    arguments.append(number(len(conversion.messages)))
+    arguments += map(bulk, conversion.messages)
+    arguments.append(number(2 * len(conversion.remembered)))
     for name, value in conversion.remembered:
-        parts += (bulk(name), bulk(value))
-    return _finish(shape, parts, arguments)
+        arguments += (bulk(name), bulk(value))
+    return _finish(shape, arguments, place)
 
 
-def _finish(shape: bytearray, parts: list[bytes], arguments: list[bytes]) -> int:
-    count = len(parts)
-    arguments.append(b"$%d\r\n%b%b\r\n" % (len(shape) + 3, count.to_bytes(3), bytes(shape)))
-    arguments += parts
-    return count + 1
+def _finish(shape: bytes, arguments: list[bytes], place: int) -> int:
+    """Put the shape before its arguments, and say how many there are with it."""
+    count = len(arguments) - place
+    arguments[place] = _packed_shape(count - 1, shape)
+    return count
 
 
-# --- changes ---
+@lru_cache(256)  # there are but a few
+def _packed_shape(count: int, shape: bytes) -> bytes:
+    return bulk(count.to_bytes(3) + shape)
+
+
+# --- changes: each adds its arguments, and returns its letters ---
+
+
+@lru_cache(256)  # a program uses the same few keys again and again
+def _variable(key: str) -> bytes:
+    return bulk(b"v:" + key.encode())
+
+
+@lru_cache(256)
+def _metadata(key: str) -> bytes:
+    return bulk(b"m:" + key.encode())
 
 
 def _field(space: Space, key: str) -> bytes:
-    return bulk((b"v:" if space is Space.VARIABLES else b"m:") + key.encode())
+    return _variable(key) if space is Space.VARIABLES else _metadata(key)
 
 
-def _pack_create(change: Create, shape: bytearray, parts: list[bytes]) -> None:
+def _pack_create(change: Create, parts: list[bytes]) -> bytes:
     if change.user_id is None:
-        shape += b"C"
-    else:
-        shape += b"O"
-        parts.append(bulk(change.user_id.encode()))
+        return b"C"
+    parts.append(bulk(change.user_id.encode()))
+    return b"O"
 
 
-def _pack_restore(change: Restore, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"R"
+def _pack_restore(change: Restore, parts: list[bytes]) -> bytes:
     parts.append(bulk((change.user_id or "").encode()))
     parts.append(number(change.start))
     parts += [_EMPTY if moment is None else bulk(b"%016d" % moment) for moment in (change.created, change.updated)]
     parts += [_EMPTY if figure is None else number(figure) for figure in (change.revision, change.expires)]
+    return b"R"
 
 
-def _pack_own(change: Own, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"T"
+def _pack_own(change: Own, parts: list[bytes]) -> bytes:
     parts.append(bulk((change.user_id or "").encode()))
+    return b"T"
 
 
-def _pack_append(change: Append, shape: bytearray, parts: list[bytes]) -> None:
-    if len(change.messages) <= _SPELLED_OUT:
-        shape += b"A" * len(change.messages)
-    else:
-        shape += b"B"
-        parts.append(number(len(change.messages)))
-    parts += map(bulk, change.messages)
+def _pack_append(change: Append, parts: list[bytes]) -> bytes:
+    messages = change.messages
+    spelled_out = len(messages) <= _SPELLED_OUT
+    if not spelled_out:
+        parts.append(number(len(messages)))
+    parts += [b"$%d\r\n%b\r\n" % (len(message), message) for message in messages]
+    return b"A" * len(messages) if spelled_out else b"B"
 
 
-def _pack_put(change: Put, shape: bytearray, parts: list[bytes]) -> None:
-    if change.replace:
-        shape += b"Y" if change.space is Space.VARIABLES else b"Z"
-    elif 0 < len(change.items) <= _SPELLED_OUT:
-        shape += b"S" * len(change.items)
-    else:
-        shape += b"M"
-    if shape[-1:] != b"S":
-        parts.append(number(len(change.items)))
-    for key, value in change.items:
-        parts += (_field(change.space, key), bulk(value))
+def _pack_put(change: Put, parts: list[bytes]) -> bytes:
+    space, items, replace = change
+    spelled_out = 0 < len(items) <= _SPELLED_OUT and not replace
+    if not spelled_out:
+        parts.append(number(len(items)))
+    for key, value in items:
+        parts += (_field(space, key), b"$%d\r\n%b\r\n" % (len(value), value))
+    if spelled_out:
+        return b"S" * len(items)
+    if not replace:
+        return b"M"
+    return b"Y" if space is Space.VARIABLES else b"Z"
 
 
-def _pack_drop(change: Drop, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"d"
+def _pack_drop(change: Drop, parts: list[bytes]) -> bytes:
     parts.append(_field(change.space, change.key))
+    return b"d"
 
 
-def _pack_increment(change: Increment, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"I"
-    parts += (_field(Space.VARIABLES, change.key), bulk(change.by))
+def _pack_increment(change: Increment, parts: list[bytes]) -> bytes:
+    parts += (_variable(change.key), bulk(change.by))
+    return b"I"
 
 
-def _pack_summed(change: Summed, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"J"
-    parts.append(_field(Space.VARIABLES, change.key))
-    parts += (number(0), bulk(b"")) if change.before is None else (number(1), bulk(change.before))
+def _pack_summed(change: Summed, parts: list[bytes]) -> bytes:
+    parts.append(_variable(change.key))
+    parts += (number(0), _EMPTY) if change.before is None else (number(1), bulk(change.before))
     parts.append(bulk(change.total))
+    return b"J"
 
 
-def _pack_trim(change: Trim, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"t"
+def _pack_trim(change: Trim, parts: list[bytes]) -> bytes:
     parts.append(number(change.keep))
+    return b"t"
 
 
-def _pack_pop(change: Pop, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"p"
+def _pack_pop(change: Pop, parts: list[bytes]) -> bytes:
     parts.append(number(change.n))
+    return b"p"
 
 
-def _pack_delete(change: Delete, shape: bytearray, parts: list[bytes]) -> None:
-    shape += b"x"
+def _pack_delete(change: Delete, parts: list[bytes]) -> bytes:
+    return b"x"
 
 
-_PACKERS: Final[dict[type, Callable[[Any, bytearray, list[bytes]], None]]] = {
+_PACKERS: Final[dict[type, Callable[[Any, list[bytes]], bytes]]] = {
     Create: _pack_create,
     Restore: _pack_restore,
     Own: _pack_own,

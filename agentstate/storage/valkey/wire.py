@@ -9,12 +9,26 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from math import inf
 from struct import Struct, calcsize
 from time import monotonic
 from typing import Any, Final
 
+if sys.platform == "linux":
+    from os import sched_yield
+    from socket import MSG_DONTWAIT
+
 _RECEIVE: Final = 65536
 _SEND: Final = 1 << 18
+
+_AWAKE: Final = 0.00015
+"""Seconds for which a call looks for its answer before it sleeps."""
+
+_CALLS: Final = 64
+"""Calls that look for their answers, or sleep, until it is tried again which is better."""
+
+_MOST_CALLS: Final = 1024
+"""Calls that sleep where looking was in vain every time."""
 
 
 class ServerError(Exception):
@@ -59,7 +73,10 @@ class Connection:
     After any exception it is of no use any more, and must be closed.
     """
 
-    __slots__ = ("_data", "_owner", "_patience", "_position", "_sock", "deadline", "received", "run_id", "sent")
+    __slots__ = (
+        "_asleep", "_awake", "_data", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
+        "run_id", "sent",
+    )  # fmt: skip
 
     def __init__(self, owner: Any, sock: socket.socket) -> None:
         self._owner = owner  # valkey-py's connection: closes the socket, without a goodbye after a fork
@@ -67,9 +84,13 @@ class Connection:
         self._data = b""
         self._position = 0
         self._patience = 0.0  # how long the socket waits, as it was last set
+        # How many of the next calls sleep until the answer is there: all of them where one cannot look without waiting.
+        self._asleep: float = 0 if type(sock) is socket.socket and _TIMEVAL is not None else inf
+        self._awake = 0  # how many of those after them just look
+        self._rest = _CALLS  # how many sleep after looking in vain
         self.deadline = 0.0
         self.run_id = b""
-        self.sent = self.received = 0  # bytes, of which the pool takes note
+        self.sent = self.received = 0  # bytes, which the pool adds up
 
     def close(self) -> None:
         self._owner.disconnect()
@@ -88,28 +109,35 @@ class Connection:
     def ask(self, *commands: bytes) -> list[Any]:
         """The replies to packed commands, errors among them as values. Raises LostConnectionError."""
         self.send(b"".join(commands))
-        return [self.read() for _ in commands]
+        return self.read_some(len(commands))
 
     def ask_one(self, packed: bytes) -> Any:
         """The reply to one packed command: `send` and `read`, with less ado for what is small."""
         data = self._exchange(packed)
-        if len(data) == 28 and data.startswith(b"*1\r\n$17\r\n"):  # what the script answers to most
-            return [data[9:26]]
+        if len(data) == 24 and data.startswith(b"$17\r\n"):  # what the script answers to most
+            return data[5:22]
         self._feed(data)
         return self.read()
 
-    def send_and_wait(self, packed: bytes) -> None:
-        """`send`, and wait for the beginning of the replies, which `read` finds then."""
+    def ask_some(self, packed: bytes, replies: int) -> list[Any]:
+        """`ask` for commands that are packed as one, to which there are so many replies."""
         self._feed(self._exchange(packed))
+        return self.read_some(replies)
 
     def _exchange(self, packed: bytes) -> bytes:
         if len(packed) > _SEND:
             self.send(packed)
             return self._receive(_RECEIVE)
-        self._set_patience()
+        left = self.deadline - monotonic()
+        if not 0 < 0.99 * left <= self._patience <= left:
+            self._set_patience()
         try:
             self._sock.sendall(packed)
-            data = self._sock.recv(_RECEIVE)
+            if self._asleep:
+                self._asleep -= 1
+                data = self._sock.recv(_RECEIVE)
+            else:
+                data = self._look_out()
         except OSError as error:
             raise LostConnectionError(_reason(error, "waiting for an answer")) from error
         if not data:
@@ -118,10 +146,50 @@ class Connection:
         self.received += len(data)
         return data
 
+    def _look_out(self) -> bytes:
+        """Receive, and stay awake for a while: to wake up, on a processor that has gone to sleep too, may take longer
+        than a server on this machine takes to answer.
+
+        That is no use where the answer takes longer, or where the server needs the processor that this looks on. Which
+        of these it is, one call in `_CALLS` finds out: it lets others run once, after which an answer from the same
+        processor is there. Where looking does not pay the next calls sleep.
+        """
+        receive = self._sock.recv
+        end = 0.0
+        while True:
+            try:
+                data = receive(_RECEIVE, MSG_DONTWAIT)
+            except BlockingIOError:
+                now = monotonic()
+                if not end:
+                    end = now + _AWAKE
+                    if not self._awake:
+                        sched_yield()
+                        try:
+                            data = receive(_RECEIVE, MSG_DONTWAIT)
+                        except BlockingIOError:
+                            continue
+                        self._asleep = _CALLS
+                        return data
+                elif now > end:
+                    self._awake, self._asleep = 0, self._rest
+                    self._rest = min(2 * self._rest, _MOST_CALLS)
+                    return receive(_RECEIVE)
+            else:
+                if self._awake:
+                    self._awake -= 1
+                else:
+                    self._awake, self._rest = _CALLS, _CALLS
+                return data
+
     def _feed(self, data: bytes) -> None:
         """Take what was received where nothing was left over."""
         self._data = data
         self._position = 0
+
+    def read_some(self, count: int) -> list[Any]:
+        """The next replies. Raises LostConnectionError."""
+        return [self.read() for _ in range(count)]
 
     def read(self) -> Any:
         """The next reply. Raises LostConnectionError."""
@@ -230,6 +298,14 @@ class QuickConnection(Connection):
 
     def _feed(self, data: bytes) -> None:
         self._reader.feed(data)
+
+    def read_some(self, count: int) -> list[Any]:
+        next_reply = self._reader.gets
+        replies: list[Any] = []
+        while len(replies) < count:
+            reply = next_reply()
+            replies.append(self.read() if reply is False else reply)
+        return replies
 
     def read(self) -> Any:
         reader = self._reader
