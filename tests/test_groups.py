@@ -233,13 +233,16 @@ def test_a_storage_that_breaks_down_or_forgets_leaves_nobody_waiting() -> None:
     def work(operations: Sequence[Operation], settle: Settle) -> None:
         if Query("broken") in operations:
             raise ZeroDivisionError("a defect")
+        if Query("left") in operations:
+            raise SystemExit("of all there is")
 
     told: dict[str, Any] = {}
     storage = Announcing(work)
-    for name in ("broken", "forgotten"):
+    for name in ("broken", "left", "forgotten"):
         storage.dispatcher.submit((Query(name),), lambda outcomes, name=name: told.update({name: outcomes[0]}))  # type: ignore[misc]
         eventually(lambda name=name: name in told)  # type: ignore[misc]
     assert "a defect" in str(told["broken"])
+    assert "SystemExit" in str(told["left"])
     assert isinstance(told["forgotten"], StateUnavailableError)
 
 

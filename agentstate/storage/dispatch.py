@@ -318,10 +318,7 @@ class Dispatcher:
                 seat.move(ANYWHERE)
             elif not lonely:
                 seat.move(self._processor)
-            try:  # noqa: SIM105 - contextlib would have to be imported for this alone
-                self._execute(group.operations, group.outcomes, group.settle)
-            except BaseException:  # SystemExit of a backend: all who wait are told of it
-                pass
+            self._execute(group.operations, group.outcomes, group.settle, lent=False)
             group.under_way()
             with self.lock:  # without a gap, or another worker would come in
                 last = self._ended(group)
@@ -356,15 +353,17 @@ class Dispatcher:
         self.give_up_on(expected)
         return True
 
-    def _execute(self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle) -> None:
+    def _execute(
+        self, operations: Sequence[Operation], outcomes: Outcomes, settle: Settle, *, lent: bool = True
+    ) -> None:
         """Execute, and leave nobody waiting: not after a defect of the backend, nor after a KeyboardInterrupt in a
-        thread that was lent by its caller. `settle` puts what it is given into `outcomes`."""
+        thread that was `lent` by its caller. `settle` puts what it is given into `outcomes`."""
         failure: BaseException | None = None
         try:
             self.storage.execute(operations, settle)
         except BaseException as error:
             failure = error
-            if not isinstance(error, Exception):
+            if lent and not isinstance(error, Exception):
                 raise
         finally:
             for index, outcome in enumerate(outcomes):
