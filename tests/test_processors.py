@@ -56,7 +56,8 @@ def test_a_group_runs_where_its_loop_runs_and_lone_calls_anywhere() -> None:
         assert storage.seen.pop() == (1, everywhere)
         os.sched_setaffinity(0, {processor})
         try:
-            await asyncio.gather(*(context.set_variable(name, "x", 1) for name in ("a", "b")))
+            for number in range(5):
+                await asyncio.gather(*(context.set_variable(name, "x", number) for name in ("a", "b")))
         finally:
             os.sched_setaffinity(0, everywhere)
         assert storage.seen.pop() == (2, {processor})
