@@ -41,19 +41,7 @@ def test_a_group_runs_where_its_loop_runs_and_lone_calls_anywhere() -> None:
     context = ConversationContext(storage)
     everywhere = os.sched_getaffinity(0)
 
-    async def main() -> None:
-        for processor in sorted(everywhere)[:2]:
-            os.sched_setaffinity(0, {processor})
-            try:
-                for number in range(5):
-                    await asyncio.gather(*(context.set_variable(name, "x", number) for name in ("a", "b")))
-            finally:
-                os.sched_setaffinity(0, everywhere)
-            assert storage.seen.pop() == (2, {processor})
-        for number in range(LONELY + 1):
-            assert storage.seen.pop()[1] != everywhere, "one lonely call is no reason to move"
-            await context.set_variable("a", "x", number)
-        assert storage.seen.pop() == (1, everywhere)
+    async def pairs_on(processor: int) -> None:
         os.sched_setaffinity(0, {processor})
         try:
             for number in range(5):
@@ -61,6 +49,16 @@ def test_a_group_runs_where_its_loop_runs_and_lone_calls_anywhere() -> None:
         finally:
             os.sched_setaffinity(0, everywhere)
         assert storage.seen.pop() == (2, {processor})
+
+    async def main() -> None:
+        first, second = sorted(everywhere)[:2]
+        await pairs_on(first)
+        await pairs_on(second)
+        for number in range(LONELY + 1):
+            assert storage.seen.pop()[1] != everywhere, "one lonely call is no reason to move"
+            await context.set_variable("a", "x", number)
+        assert storage.seen.pop() == (1, everywhere)
+        await pairs_on(first)
 
     asyncio.run(main())
     assert os.sched_getaffinity(0) == everywhere

@@ -45,7 +45,7 @@ while a <= last do
   local code, detail
   if unfinished and unfinished[keys[k]] then
     code = 'z'
-  elseif usual and kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5) then
+  elseif usual and (shape == '\0\0\3CA' or (kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5))) then
     -- The most frequent commits: messages for a context that exists, and keys set. Here and below: where anything is
     -- unusual it leaves no trace, and the general case decides.
     local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
