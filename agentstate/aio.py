@@ -305,7 +305,6 @@ class _Port:
         self.loop = weakref.ref(loop)
         self.inbox: deque[_Wait] = deque()
         self._woken = False
-        self._opening = False  # the tasks whose jobs are done are going on, and make new ones
         self._outbox: dict[Dispatcher, list[Job]] = {}
         self._home = Home(_this_processor)
 
@@ -316,7 +315,7 @@ class _Port:
         if jobs is not None:
             jobs.append(job)
             return
-        if not outbox and not self._opening:
+        if not outbox:
             asyncio.get_running_loop().call_soon(self._send_all)
         outbox[dispatcher] = [job]
 
@@ -364,7 +363,6 @@ class _Port:
 
     def _open_inbox(self) -> None:
         self._woken = False
-        self._opening = True
         inbox = self.inbox
         try:
             while inbox:
@@ -372,10 +370,10 @@ class _Port:
                 go_on, job._go_on = job._go_on, None
                 if go_on is not None:
                     job._context.run(go_on, job)
-                inbox.popleft()
+                if inbox and inbox[0] is job:  # else the task ran the event loop itself, as some notebooks let it
+                    inbox.popleft()
         finally:
-            self._opening = False
-            if self._outbox:  # now, not after one more look at what else there is to do
+            if self._outbox:  # what these tasks wait for next: now, not after the loop has looked what else there is
                 self._send_all()
             if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
                 self._wake()
