@@ -370,8 +370,7 @@ class _Port:
                 go_on, job._go_on = job._go_on, None
                 if go_on is not None:
                     job._context.run(go_on, job)
-                if inbox and inbox[0] is job:  # else the task ran the event loop itself, as some notebooks let it
-                    inbox.popleft()
+                inbox.popleft()
         finally:
             if self._outbox:  # what these tasks wait for next: now, not after the loop has looked what else there is
                 self._send_all()
