@@ -16,7 +16,7 @@ from agentstate import ConversationContext, InMemoryStorage, StateUnavailableErr
 from agentstate.operations import Append, Commit, Operation, Query
 from agentstate.storage import dispatch
 from agentstate.storage.base import Settle
-from agentstate.storage.jobs import at_once, held_up, under_way
+from agentstate.storage.jobs import Group, at_once, held_up, under_way
 
 
 class Announcing(InMemoryStorage):
@@ -173,6 +173,32 @@ def test_nobody_waits_long_for_a_next_group_that_does_not_get_under_way() -> Non
     eventually(lambda: told == ["a", "b"])
 
 
+def test_nobody_is_told_before_the_outcomes_are_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[Any]] = {}
+    begun, gate = threading.Event(), threading.Event()
+    end = Group.end
+
+    def end_slowly(group: Group) -> None:
+        time.sleep(0.1)  # more than the patience of those who wait
+        end(group)
+
+    def work(operations: Sequence[Operation], settle: Settle) -> None:
+        begun.set()
+        assert gate.wait(20)
+        settle_all(operations, settle)
+
+    monkeypatch.setattr(Group, "end", end_slowly)
+    monkeypatch.setattr(dispatch, "PATIENCE", 60.0)
+    storage = Announcing(work)
+    storage.dispatcher.submit((commit("a"),), lambda outcomes: told.update(a=outcomes))
+    assert begun.wait(20)
+    storage.dispatcher.submit((commit("b"),), lambda outcomes: told.update(b=outcomes))
+    monkeypatch.setattr(dispatch, "PATIENCE", 0.01)
+    gate.set()
+    eventually(lambda: len(told) == 2)
+    assert told == {"a": [b"a-0"], "b": [b"b-0"]}
+
+
 @pytest.mark.usefixtures("endless_patience")
 def test_a_storage_that_says_that_it_is_held_up_holds_nobody_up() -> None:
     told: list[str] = []
@@ -246,11 +272,12 @@ def test_a_storage_that_breaks_down_or_forgets_leaves_nobody_waiting() -> None:
     assert isinstance(told["forgotten"], StateUnavailableError)
 
 
+@pytest.mark.parametrize("patience", [0.0, 0.002])
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "PATIENCE", 0.002)
+    monkeypatch.setattr(dispatch, "PATIENCE", patience)
     chance = random.Random(seed)
     lock = threading.Lock()
     running: dict[str, int] = {}

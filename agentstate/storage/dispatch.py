@@ -279,6 +279,7 @@ class Dispatcher:
         if self._expected is not group:
             self._telling -= 1
             return None
+        group.end()  # here, for whoever loses patience with the next group tells those who wait for this one
         self.free(group.keys)
         self._expected = None
         return group
@@ -325,8 +326,6 @@ class Dispatcher:
                 group = self._take_group(last)
                 if group is None:
                     self._look_around()
-            if last is not None:
-                last.end()
 
     def _wait_for_work(self) -> bool:
         """For a worker with nothing to do. False: it was nothing for long, and this worker is not needed any more."""

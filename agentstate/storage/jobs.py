@@ -171,7 +171,8 @@ class Group:
         return job
 
     def end(self) -> None:
-        """For a group that is not prompt and has all outcomes: hands them out. `tell` tells those who wait for them."""
+        """For a group that is not prompt and has all outcomes: hands them out. `tell` tells those who wait for them. With
+        the lock held."""
         outcomes = self.outcomes
         if len(outcomes) == len(self.jobs):
             for job, outcome in zip(self.jobs, outcomes, strict=True):
