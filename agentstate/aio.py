@@ -239,7 +239,7 @@ class _Wait(Job):
     __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_dispatcher", "_go_on", "_port")
 
     def __init__(self, operations: tuple[Any, ...], dispatcher: Dispatcher) -> None:
-        self.operations = operations
+        self.operations = operations  # what `Job` does, without a call and a list: there is one of these for each await
         self.outcomes: Outcomes = _NO_OUTCOMES
         first = operations[0]
         self.key = first.context_id if type(first) is Commit else key_of(first)

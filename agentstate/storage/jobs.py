@@ -91,12 +91,12 @@ class Group:
     """
 
     __slots__ = (
-        "_dispatcher", "_finished", "_firsts", "_holds", "_last", "_numbers", "_several", "_untold", "began", "jobs",
+        "_finished", "_firsts", "_holds", "_last", "_numbers", "_several", "_untold", "began", "dispatcher", "jobs",
         "keys", "operations", "outcomes", "prompt",
     )  # fmt: skip
 
     def __init__(self, dispatcher: Dispatcher, jobs: list[Job], keys: set[str | int], last: Group | None) -> None:
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._last = last
         self._holds = False
         self._finished: list[Job] = []  # of a prompt group: who waits for them is told at the end of an `at_once` block
@@ -115,7 +115,7 @@ class Group:
     def settle(self, index: int, outcome: Outcome | StateError) -> None:
         self.outcomes[index] = outcome
         if self.prompt:
-            with self._dispatcher.lock:
+            with self.dispatcher.lock:
                 job = self._done(self._numbers[index])
                 counted = not self._untold
             if job is not None:
@@ -128,14 +128,10 @@ class Group:
     def under_way(self) -> None:
         """All is sent, and only waiting is left: now is the time for those who wait for the group before this one."""
         if self._last is not None:
-            with self._dispatcher.lock:
+            with self.dispatcher.lock:
                 last, self._last = self._last, None
             if last is not None:
                 last.tell()
-
-    def hold_up(self) -> None:
-        """This may take long: nobody should wait for this group but those whose outcomes are not known."""
-        self._dispatcher.give_up_on(self)
 
     def be_prompt(self) -> list[Job]:
         """From now on, tell whoever waits as soon as possible. Returns those that are to be told now. With the lock
@@ -167,12 +163,12 @@ class Group:
         if left:
             self._several[job.key] = left
         else:
-            self._dispatcher.free({job.key})
+            self.dispatcher.free({job.key})
         return job
 
     def end(self) -> None:
-        """For a group that is not prompt and has all outcomes: hands them out. `tell` tells those who wait for them. With
-        the lock held."""
+        """For a group that is not prompt and has all outcomes: hands them out, so that `tell` can tell of them. With the
+        lock held."""
         outcomes = self.outcomes
         if len(outcomes) == len(self.jobs):
             for job, outcome in zip(self.jobs, outcomes, strict=True):
@@ -187,12 +183,12 @@ class Group:
     def tell(self) -> None:
         """Tell whoever waits for the jobs of this group, after its end."""
         tell(self.jobs)
-        self._dispatcher.told()
+        self.dispatcher.told()
 
     def _note(self) -> None:
         # Before the last who waits is told: who was told of all finds all counted.
         nanoseconds = int((monotonic() - self.began) * 1e9)
-        self._dispatcher.storage.tally.note(self.operations, self.outcomes, nanoseconds)
+        self.dispatcher.storage.tally.note(self.operations, self.outcomes, nanoseconds)
 
     def __enter__(self) -> None:
         self._holds = True
@@ -231,7 +227,7 @@ def held_up(settle: Settle) -> None:
     """To be called by a storage that `says_when_under_way`: before it waits for something that may take its time."""
     group = _group_of(settle)
     if group is not None and not group.prompt:
-        group.hold_up()
+        group.dispatcher.give_up_on(group)
 
 
 def delays_others(settle: Settle) -> bool:
