@@ -167,8 +167,7 @@ class Group:
         return job
 
     def end(self) -> None:
-        """For a group that is not prompt and has all outcomes: hands them out, so that `tell` can tell of them. With the
-        lock held."""
+        """For a group that is not prompt and has all outcomes: hands them out, for `tell`. With the lock held."""
         outcomes = self.outcomes
         if len(outcomes) == len(self.jobs):
             for job, outcome in zip(self.jobs, outcomes, strict=True):
