@@ -365,12 +365,12 @@ def test_a_cleanup_deletes_many_together_and_none_of_them_past_its_deadline() ->
 
 
 def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.storage.dispatch.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("agentstate.storage.crew.IDLE_SECONDS", 0.01)
     storage = Gated()
     storage.gate.set()
     done = Collected()
     storage.dispatcher.submit((append("a", 0),), done.of("a"))
-    eventually(lambda: len(done) and not storage.dispatcher._workers)
+    eventually(lambda: len(done) and not storage.dispatcher.crew.size)
     storage.dispatcher.submit((append("a", 1),), done.of("a"))
     eventually(lambda: len(done) == 2)
 

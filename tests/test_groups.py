@@ -14,7 +14,7 @@ import pytest
 
 from agentstate import ConversationContext, InMemoryStorage, StateUnavailableError
 from agentstate.operations import Append, Commit, Operation, Query
-from agentstate.storage import dispatch
+from agentstate.storage import crew
 from agentstate.storage.base import Settle
 from agentstate.storage.jobs import Group, at_once, held_up, under_way
 
@@ -55,7 +55,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 def endless_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "PATIENCE", 60.0)
+    monkeypatch.setattr(crew, "PATIENCE", 60.0)
 
 
 @pytest.mark.usefixtures("endless_patience")
@@ -188,12 +188,12 @@ def test_nobody_is_told_before_the_outcomes_are_handed_out(monkeypatch: pytest.M
         settle_all(operations, settle)
 
     monkeypatch.setattr(Group, "end", end_slowly)
-    monkeypatch.setattr(dispatch, "PATIENCE", 60.0)
+    monkeypatch.setattr(crew, "PATIENCE", 60.0)
     storage = Announcing(work)
     storage.dispatcher.submit((commit("a"),), lambda outcomes: told.update(a=outcomes))
     assert begun.wait(20)
     storage.dispatcher.submit((commit("b"),), lambda outcomes: told.update(b=outcomes))
-    monkeypatch.setattr(dispatch, "PATIENCE", 0.01)
+    monkeypatch.setattr(crew, "PATIENCE", 0.01)
     gate.set()
     eventually(lambda: len(told) == 2)
     assert told == {"a": [b"a-0"], "b": [b"b-0"]}
@@ -277,7 +277,7 @@ def test_a_storage_that_breaks_down_or_forgets_leaves_nobody_waiting() -> None:
 def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
     seed: int, patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "PATIENCE", patience)
+    monkeypatch.setattr(crew, "PATIENCE", patience)
     chance = random.Random(seed)
     lock = threading.Lock()
     running: dict[str, int] = {}

@@ -14,7 +14,7 @@ from agentstate import ConversationContext, InMemoryStorage, SyncConversationCon
 from agentstate.operations import Operation
 from agentstate.storage import processors
 from agentstate.storage.base import Settle
-from agentstate.storage.dispatch import LONELY
+from agentstate.storage.crew import LONELY
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"

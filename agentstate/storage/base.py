@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from time import monotonic_ns
 
@@ -22,9 +22,18 @@ from .tally import TIMED_ONE_IN, Tally
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, ClassVar, Final, TypeAlias
+    from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
     from .statistics import StorageStatistics
+
+    class Answering(Protocol):
+        """What answers come from. Its descriptor is readable when there are more of them; none is waited for after
+        its deadline (`time.monotonic`)."""
+
+        deadline: float
+
+        def fileno(self) -> int: ...
+
 
 Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
 """Called by `execute` with the index of an operation and its outcome, or the error of the one that failed."""
@@ -64,6 +73,9 @@ class StateStorage(ABC):
     """How many calls of `execute` divide what waits at a time. More than one lets the next be prepared while a server
     carries out the last; for a disk that is flushed, the larger the group the better."""
 
+    largest_group: ClassVar[int] = 1024
+    """Operations that are given to `execute` together at most; more would make the first of them wait for the last."""
+
     says_when_under_way: bool = False
     """Whether `execute` calls `agentstate.storage.jobs.under_way` when all that it was given is sent (or written), and
     it will wait. Then one worker carries out group after group, and those who wait for the last one are told when the
@@ -73,9 +85,10 @@ class StateStorage(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Decided here, so that no call needs to look whether the shorter way still leads to the same.
-        nearest = next(base for base in cls.__mro__ if {"execute", "_outcome_of"} & vars(base).keys())
-        if "_outcome_of" not in vars(nearest):
-            cls._outcome_of = StateStorage._outcome_of  # type: ignore[method-assign]
+        for other in ("_outcome_of", "begin"):
+            nearest = next(base for base in cls.__mro__ if {"execute", other} & vars(base).keys())
+            if other not in vars(nearest):
+                setattr(cls, other, getattr(StateStorage, other))
 
     def __init__(
         self,
@@ -113,6 +126,17 @@ class StateStorage(ABC):
         several calls may run at a time, but the caller sees to it that no two hold operations of one context.
         An operation whose `deadline` has passed is not attempted (StateTimeoutError); lock waits and retries end there.
         """
+
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
+        """`execute` in steps, for a backend that sends what it is given and waits for answers; None: not these.
+
+        An iterator that yields when all is sent, and whenever it would have to wait for more, what it waits for. Its
+        next step, in whatever thread, is taken when there is some, or the deadline has passed. So one thread may have
+        several groups on their way, and a server begins with the next one when it has answered the last. Used where
+        the platform has `select.poll`, for a storage that `says_when_under_way`; by a class with another `execute` than
+        that of the backend, it is not.
+        """
+        return None
 
     def close(self) -> None:
         """Let go of files, connections and locks, after what is under way (at most a `deadline` long).
@@ -255,9 +279,11 @@ def _reset_all_after_fork() -> None:
     _dispatcher_lock = threading.Lock()
     forget_after_fork()
     for storage in list(_alive):
-        storage._dispatcher = None
         storage.tally.begin_anew()
-        storage._after_fork()
+        storage._after_fork()  # before its groups are dropped, which lets go of their connections
+        if storage._dispatcher is not None:
+            storage._dispatcher.crew.forget()
+            storage._dispatcher = None
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork

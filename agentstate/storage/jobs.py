@@ -11,11 +11,11 @@ from ..operations import Commit, Listing, Operation, Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, Final, Protocol, TypeAlias
 
-    from .base import Settle, StateStorage
+    from .base import Answering, Settle, StateStorage
     from .dispatch import Dispatcher
 
     class Mailbox(Protocol):
@@ -91,13 +91,22 @@ class Group:
     """
 
     __slots__ = (
-        "_finished", "_firsts", "_holds", "_last", "_numbers", "_several", "_untold", "began", "dispatcher", "jobs",
-        "keys", "operations", "outcomes", "prompt",
+        "_begins", "_finished", "_firsts", "_holds", "_last", "_numbers", "_several", "_steps", "_untold", "began",
+        "descriptor", "dispatcher", "ended", "jobs", "keys", "moved", "operations", "outcomes", "prompt", "until",
     )  # fmt: skip
 
-    def __init__(self, dispatcher: Dispatcher, jobs: list[Job], keys: set[str | int], last: Group | None) -> None:
+    # Of one that is on its way:
+    descriptor: int  # readable when it can go on
+    until: float  # how long answers are waited for (monotonic)
+    moved: float  # when it was last gone on with
+
+    def __init__(
+        self, dispatcher: Dispatcher, jobs: list[Job], keys: set[str | int], last: Group | None, *, in_steps: bool
+    ) -> None:
         self.dispatcher = dispatcher
         self._last = last
+        self._begins = in_steps  # whether the storage is still to be asked to carry it out in steps
+        self._steps: Iterator[Answering] | None = None
         self._holds = False
         self._finished: list[Job] = []  # of a prompt group: who waits for them is told at the end of an `at_once` block
         self.jobs = jobs
@@ -105,7 +114,34 @@ class Group:
         self.operations = [operation for job in jobs for operation in job.operations]
         self.outcomes: Outcomes = [PENDING] * len(self.operations)
         self.prompt = False
+        self.ended = False
         self.began = monotonic()
+
+    def go_on(self) -> bool:
+        """Carry it out, or the next step of it. Returns whether it is done, and all outcomes are known.
+
+        Leaves nobody waiting: not even after a defect of the backend.
+        """
+        storage = self.dispatcher.storage
+        failure: BaseException | None = None
+        try:
+            if self._begins:
+                self._begins = False
+                self._steps = storage.begin(self.operations, self.settle)
+            if self._steps is None:
+                storage.execute(self.operations, self.settle)
+            else:
+                answering = next(self._steps, None)
+                if answering is not None:
+                    self.descriptor, self.until = answering.fileno(), answering.deadline
+                    self.moved = monotonic()
+                    self.under_way()
+                    return False
+        except BaseException as error:
+            failure = error
+        settle_rest(storage, self.operations, self.outcomes, self.settle, failure)
+        self.under_way()
+        return True
 
     @property
     def delays_others(self) -> bool:
@@ -168,6 +204,7 @@ class Group:
 
     def end(self) -> None:
         """For a group that is not prompt and has all outcomes: hands them out, for `tell`. With the lock held."""
+        self.ended = True
         outcomes = self.outcomes
         if len(outcomes) == len(self.jobs):
             for job, outcome in zip(self.jobs, outcomes, strict=True):
@@ -225,8 +262,8 @@ def under_way(settle: Settle) -> None:
 def held_up(settle: Settle) -> None:
     """To be called by a storage that `says_when_under_way`: before it waits for something that may take its time."""
     group = _group_of(settle)
-    if group is not None and not group.prompt:
-        group.dispatcher.give_up_on(group)
+    if group is not None:
+        group.dispatcher.crew.held_up(group)
 
 
 def delays_others(settle: Settle) -> bool:
@@ -238,6 +275,22 @@ def delays_others(settle: Settle) -> bool:
 def _group_of(settle: Settle) -> Group | None:
     group = getattr(settle, "__self__", None)
     return group if type(group) is Group else None
+
+
+def settle_rest(
+    storage: StateStorage,
+    operations: Sequence[Operation],
+    outcomes: Outcomes,
+    settle: Settle,
+    failure: BaseException | None = None,
+) -> None:
+    """Settle what a backend left without an outcome, because it broke down with `failure`, or forgot it.
+
+    `settle` puts what it is given into `outcomes`.
+    """
+    for index, outcome in enumerate(outcomes):
+        if outcome is PENDING:
+            settle(index, abandoned(storage, operations[index], failure))
 
 
 class _Unsettled(Exception):

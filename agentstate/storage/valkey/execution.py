@@ -5,7 +5,7 @@ How an attempt that was cut off is made again is told in `loglayout`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -67,6 +67,12 @@ class Execution:
         self.final = 0.0  # the deadline of operations that have none of their own
 
     def run(self, todo: list[int]) -> None:
+        """Attempts until all is settled."""
+        for _ in self.steps(todo):
+            pass
+
+    def steps(self, todo: list[int]) -> Iterator[Connection]:
+        """`run`, which yields a connection before it waits for answers of that one."""
         waits = pauses()
         needed = 0.0
         while todo:
@@ -74,7 +80,7 @@ class Execution:
             todo = []
             began = monotonic()
             for pool, reads, groups in self._by_server(ready, end, todo):
-                self._exchange(pool, reads, groups, end, todo)
+                yield from self._exchange(pool, reads, groups, end, todo)
             if todo and self.problem is not None:
                 now = monotonic()
                 # An attempt with less time than the last one took would fail for that alone, and hide what is wrong.
@@ -153,7 +159,7 @@ class Execution:
 
     def _exchange(
         self, pool: Pool, reads: list[int], groups: Iterable[list[int]], end: float, again: list[int]
-    ) -> None:
+    ) -> Iterator[Connection]:
         """Send everything to one server, read all answers, and settle what they settle."""
         layout = self.layout
         try:
@@ -179,6 +185,9 @@ class Execution:
                 connection.send(self._packed(group, stamp))
             under_way(self.settle)
             for start in range(0, len(reads), GROUP):
+                while not connection.has_reply():
+                    yield connection
+                    connection.receive()
                 with at_once(self.settle):
                     for index in reads[start : start + GROUP]:
                         query = cast(Query, self.operations[index])
@@ -189,10 +198,14 @@ class Execution:
             confirmed = layout.min_replicas
             if confirmed and sent:
                 connection.send(command("WAIT", confirmed, max(1, int((end - monotonic()) * 800))))
+                yield connection
                 replies = [self._reply(connection, group) for group in sent]
                 confirmed = connection.read()
             unloaded = False
             for group in sent:
+                while not replies and not connection.has_reply():
+                    yield connection
+                    connection.receive()
                 reply = replies[answered] if replies else self._reply(connection, group)
                 answered += 1
                 if not isinstance(reply, ServerError):

@@ -20,7 +20,7 @@ looked up only where they may be known; the hash's ``guard`` says until when cop
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -51,6 +51,7 @@ from .wire import bulk, command, number
 
 if TYPE_CHECKING:
     from ..base import Settle
+    from .wire import Connection
 
 
 class Names(NamedTuple):
@@ -95,6 +96,12 @@ class LogLayout:
             Execution(self, cast(Sequence[OnContext], operations), settle).run(others)
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
+
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Connection] | None:
+        """`execute` in steps; None if there are listings among the operations."""
+        if any(type(operation) is Listing for operation in operations):
+            return None
+        return Execution(self, cast(Sequence[OnContext], operations), settle).steps([*range(len(operations))])
 
     def call(self, operation: Operation) -> Outcome:
         """Carry out one operation, and return its outcome or raise its error."""

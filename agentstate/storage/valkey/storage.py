@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
@@ -44,6 +44,7 @@ class ValkeyStorage(StateStorage):
     """
 
     shares = 2
+    largest_group = 512
 
     def __init__(
         self,
@@ -92,6 +93,12 @@ class ValkeyStorage(StateStorage):
                     settle(index, error)
             return
         self._layout.execute(operations, settle)
+
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Connection] | None:
+        # With a single connection, the next group would have to wait for it.
+        if self.closed or not isinstance(self._layout, LogLayout) or self._servers.max_connections == 1:
+            return None
+        return self._layout.begin(operations, settle)
 
     def _outcome_of(self, operation: Operation) -> Outcome:
         if isinstance(self._layout, LogLayout) and not self.closed:

@@ -74,7 +74,7 @@ class Connection:
     """
 
     __slots__ = (
-        "_asleep", "_awake", "_data", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
+        "_asleep", "_awake", "_data", "_decrypted", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
         "run_id", "sent",
     )  # fmt: skip
 
@@ -83,6 +83,8 @@ class Connection:
         self._sock = sock
         self._data = b""
         self._position = 0
+        # Of TLS: how much is decrypted and not received yet.
+        self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
         self._patience = 0.0  # how long the socket waits, as it was last set
         # How many of the next calls sleep until the answer is there: all of them where one cannot look without waiting.
         self._asleep: float = 0 if type(sock) is socket.socket and _TIMEVAL is not None else inf
@@ -181,6 +183,25 @@ class Connection:
                 else:
                     self._awake, self._rest = _CALLS, _CALLS
                 return data
+
+    def fileno(self) -> int:
+        """The descriptor that is readable when there is something to `receive`."""
+        return self._sock.fileno()
+
+    def has_reply(self) -> bool:
+        """Whether the next reply is here, or its beginning, which the rest will soon follow."""
+        return self._position < len(self._data)
+
+    def receive(self) -> None:
+        """Take what has come, and wait if it is nothing. Raises LostConnectionError."""
+        data = self._receive(_RECEIVE)
+        while self._decrypted is not None and self._decrypted():  # of TLS; the descriptor does not tell of it
+            data += self._receive(_RECEIVE)
+        self._take_in(data)
+
+    def _take_in(self, data: bytes) -> None:
+        self._data = self._data[self._position :] + data
+        self._position = 0
 
     def _feed(self, data: bytes) -> None:
         """Take what was received where nothing was left over."""
@@ -288,20 +309,30 @@ class Connection:
 class QuickConnection(Connection):
     """A connection whose replies are read by libvalkey, which is written in C."""
 
-    __slots__ = ("_reader",)
+    __slots__ = ("_next", "_reader")
 
     def __init__(self, owner: Any, sock: socket.socket) -> None:
         from libvalkey import Reader
 
         super().__init__(owner, sock)
+        self._next: Any = False  # a reply that `has_reply` has found; False: none
         self._reader = Reader(protocolError=LostConnectionError, replyError=ServerError)
+
+    def has_reply(self) -> bool:
+        if self._next is False:
+            self._next = self._reader.gets()
+        return self._next is not False
 
     def _feed(self, data: bytes) -> None:
         self._reader.feed(data)
 
+    _take_in = _feed
+
     def read_some(self, count: int) -> list[Any]:
         next_reply = self._reader.gets
         replies: list[Any] = []
+        if self._next is not False:
+            replies.append(self.read())
         while len(replies) < count:
             reply = next_reply()
             replies.append(self.read() if reply is False else reply)
@@ -309,7 +340,8 @@ class QuickConnection(Connection):
 
     def read(self) -> Any:
         reader = self._reader
-        while (reply := reader.gets()) is False:
+        reply, self._next = self._next, False
+        while reply is False and (reply := reader.gets()) is False:
             reader.feed(self._receive(_RECEIVE))
         return reply
 
