@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from agentstate import ConversationContext, InMemoryStorage, StateUnavailableErr
 from agentstate.operations import Append, Commit, Operation, Query
 from agentstate.storage import crew
 from agentstate.storage.base import Settle
-from agentstate.storage.jobs import Group, at_once, held_up, under_way
+from agentstate.storage.jobs import CallBack, Group, at_once, held_up, under_way
 
 
 class Announcing(InMemoryStorage):
@@ -31,6 +32,53 @@ class Announcing(InMemoryStorage):
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
         self._work(operations, settle)
+
+
+class Answer:
+    """What a step waits for. Its answer has come once it is `given`, or its deadline has passed."""
+
+    def __init__(self, seconds: float = 20.0) -> None:
+        self.deadline = time.monotonic() + seconds
+        self._ours, self._theirs = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def give(self) -> None:
+        self._theirs.send(b"x")
+
+    def take(self) -> bool:
+        """Wait for it. Returns whether it came in time."""
+        self._ours.settimeout(max(0.001, self.deadline - time.monotonic()))
+        try:
+            return bool(self._ours.recv(1))
+        except TimeoutError:
+            return False
+        finally:
+            self._ours.close()
+            self._theirs.close()
+
+
+Steps = Callable[[Sequence[Operation], Settle], Iterator[Answer]]
+
+
+class Stepping(Announcing):
+    """A storage that carries groups out in steps, with `begin` or (not `in_steps`) without."""
+
+    def __init__(self, steps: Steps, *, in_steps: bool = True, **options: Any) -> None:
+        super().__init__(self._all_at_once, **options)
+        self._steps = steps
+        self._in_steps = in_steps
+
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answer] | None:
+        return self._steps(operations, settle) if self._in_steps else None
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        self._work(operations, settle)
+
+    def _all_at_once(self, operations: Sequence[Operation], settle: Settle) -> None:
+        for _ in self._steps(operations, settle):
+            pass
 
 
 def commit(name: str, number: int = 0) -> Commit:
@@ -139,8 +187,6 @@ def test_a_group_that_takes_long_is_not_waited_for() -> None:
     submit((commit("first"),), hold_first)
     eventually(lambda: first)
     jobs = [(commit("quick"), commit("quick", 1)), (commit("stuck"),), (commit("late"),)]
-    from agentstate.storage.jobs import CallBack
-
     storage.dispatcher.submit_jobs(
         [CallBack(job, lambda outcomes, job=job: told.append(job[0].context_id)) for job in jobs]  # type: ignore[misc]
     )
@@ -219,8 +265,6 @@ def test_a_storage_that_says_that_it_is_held_up_holds_nobody_up() -> None:
             settle_all(operations, settle)
 
     storage = Announcing(work)
-    from agentstate.storage.jobs import CallBack
-
     storage.dispatcher.submit_jobs(
         [
             CallBack((commit(name),), lambda outcomes, name=name: told.append(name))  # type: ignore[misc]
@@ -272,10 +316,225 @@ def test_a_storage_that_breaks_down_or_forgets_leaves_nobody_waiting() -> None:
     assert isinstance(told["forgotten"], StateUnavailableError)
 
 
+class Server:
+    """Notes what is sent to it, by the name of its first context, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Answer] = {}
+        self.told: list[str] = []
+        self.late: list[str] = []
+        self.seconds = 20.0
+        self.gates: dict[str, threading.Event] = {}  # what a group waits for between two answers
+        self.storage = Stepping(self._steps)
+
+    def _steps(self, operations: Sequence[Any], settle: Settle) -> Iterator[Answer]:
+        first = operations[0].context_id
+        for index, operation in enumerate(operations):
+            answer = self.sent[operation.context_id] = Answer(self.seconds)
+            yield answer
+            if not answer.take():
+                self.late.append(first)
+            if first in self.gates:
+                assert self.gates[first].wait(20)
+            settle(index, b"")
+
+    def submit(self, *names: str, then: Callable[[], object] = lambda: None) -> None:
+        """One group of a job with each of these names, if nothing is under way."""
+
+        def tell(name: str) -> Callable[[Any], None]:
+            def told(_: Any) -> None:
+                self.told.append(name)
+                then()
+
+            return told
+
+        self.storage.dispatcher.submit_jobs([CallBack((commit(name),), tell(name)) for name in names])
+
+    def gets(self, name: str) -> None:
+        eventually(lambda: name in self.sent)
+
+    def hears(self, *names: str) -> None:
+        eventually(lambda: set(names) <= set(self.told))
+
+
+@pytest.mark.usefixtures("endless_patience")
+def test_the_next_group_is_sent_while_the_last_one_is_on_its_way() -> None:
+    server = Server()
+    server.submit("a")
+    server.gets("a")
+    server.submit("b")
+    server.gets("b")
+    server.submit("c")
+    time.sleep(0.02)
+    assert [*server.sent] == ["a", "b"], "a third one is of no use to the server yet"
+    assert not server.told
+    server.sent["a"].give()
+    server.hears("a")
+    server.gets("c")
+    assert server.told == ["a"]
+    server.sent["c"].give()
+    server.sent["b"].give()
+    server.hears("b", "c")
+
+
+def test_answers_that_are_there_do_not_wait_for_those_of_an_earlier_group() -> None:
+    server = Server()
+    server.submit("a")
+    server.gets("a")
+    server.submit("b")
+    server.gets("b")
+    server.sent["b"].give()
+    server.hears("b")
+    assert server.told == ["b"]
+    server.sent["a"].give()
+    server.hears("a")
+
+
+def test_a_group_that_is_long_on_its_way_is_not_in_the_way() -> None:
+    server = Server()
+    for name in ("a", "b", "c", "d"):
+        server.submit(name)
+        server.gets(name)
+    server.submit("e")
+    time.sleep(0.05)
+    assert "e" not in server.sent, "four are as many as the storage wants"
+    server.sent["c"].give()
+    server.hears("c")
+    server.gets("e")
+    for name in ("e", "d", "b", "a"):
+        server.sent[name].give()
+        server.hears(name)
+    assert server.told == ["c", "e", "d", "b", "a"]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_group_whose_deadline_passes_goes_on_without_its_answer(name: str) -> None:
+    server = Server()
+    for each in ("a", "b"):
+        server.seconds = 0.1 if each == name else 20.0
+        server.submit(each)
+        server.gets(each)
+    server.hears(name)
+    assert server.late == [name]
+    server.sent["b" if name == "a" else "a"].give()
+    server.hears("a", "b")
+
+
+@pytest.mark.usefixtures("endless_patience")
+def test_who_has_more_answers_to_come_is_still_the_first() -> None:
+    server = Server()
+    server.storage.shares = 1  # type: ignore[misc]
+    server.submit("a1", "a2")
+    server.gets("a1")
+    server.submit("b")
+    server.gets("b")
+    server.sent["a1"].give()
+    server.gets("a2")
+    server.sent["a2"].give()
+    server.hears("a1", "a2")
+    server.sent["b"].give()
+    server.hears("b")
+
+
+def test_what_is_known_of_a_group_that_is_long_on_its_way_is_told() -> None:
+    server = Server()
+    server.storage.shares = 1  # type: ignore[misc]
+    server.submit("a1", "a2")
+    server.gets("a1")
+    server.sent["a1"].give()
+    server.hears("a1")
+    assert server.told == ["a1"]
+    server.sent["a2"].give()
+    server.hears("a2")
+
+
+def test_a_group_that_was_given_up_comes_back_to_whoever_leads() -> None:
+    server = Server()
+    server.storage.shares = 1  # type: ignore[misc]
+    gate = server.gates["a1"] = threading.Event()
+    server.submit("a1", "a2")
+    server.gets("a1")
+    server.submit("b")
+    server.gets("b")
+    server.sent["a1"].give()
+    time.sleep(0.1)  # now another worker waits for "b" alone, with patience until its deadline
+    gate.set()
+    server.gets("a2")
+    server.sent["a2"].give()
+    eventually(lambda: server.told == ["a1", "a2"])
+    server.sent["b"].give()
+    server.hears("b")
+
+
+def test_who_takes_long_to_be_told_holds_nobody_up() -> None:
+    server = Server()
+    heard = threading.Event()
+    waited: list[bool] = []
+    server.submit("a", then=lambda: waited.append(heard.wait(20)))
+    server.gets("a")
+    server.submit("b", then=heard.set)
+    server.gets("b")
+    server.sent["a"].give()
+    server.hears("a")
+    server.sent["b"].give()
+    eventually(heard.is_set)
+    assert server.storage.dispatcher.wait_until_empty(20)
+    assert (server.told, waited) == (["a", "b"], [True])
+
+
+def test_a_step_that_breaks_down_leaves_nobody_waiting() -> None:
+    answers: list[Answer] = []
+
+    def steps(operations: Sequence[Operation], settle: Settle) -> Iterator[Answer]:
+        if Query("at once") in operations:
+            raise ZeroDivisionError("before anything was sent")
+        answers.append(Answer())
+        yield answers[-1]
+        answers[-1].take()
+        if Query("later") in operations:
+            raise ZeroDivisionError("a defect")
+
+    told: dict[str, Any] = {}
+    storage = Stepping(steps)
+    for name in ("at once", "later", "forgotten"):
+        storage.dispatcher.submit((Query(name),), lambda outcomes, name=name: told.update({name: outcomes[0]}))  # type: ignore[misc]
+        if name != "at once":
+            eventually(lambda name=name: len(answers) == ["at once", "later", "forgotten"].index(name))  # type: ignore[misc]
+            answers[-1].give()
+        eventually(lambda name=name: name in told)  # type: ignore[misc]
+    assert "before anything was sent" in str(told["at once"])
+    assert "a defect" in str(told["later"])
+    assert "forgot an operation" in str(told["forgotten"])
+
+
+def test_a_class_with_another_execute_is_not_carried_out_in_steps() -> None:
+    class Counting(Stepping):
+        calls = 0
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            self.calls += 1
+            super().execute(operations, settle)
+
+    def steps(operations: Sequence[Operation], settle: Settle) -> Iterator[Answer]:
+        answer = Answer()
+        answer.give()
+        yield answer
+        assert answer.take()
+        settle_all(operations, settle)
+
+    storage = Counting(steps)
+    assert storage.begin((commit("a"),), lambda index, outcome: None) is None
+    told: list[Any] = []
+    storage.dispatcher.submit((commit("a"),), told.append)
+    eventually(lambda: told)
+    assert storage.calls == 1
+
+
+@pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in steps"])
 @pytest.mark.parametrize("patience", [0.0, 0.002])
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
-    seed: int, patience: float, monkeypatch: pytest.MonkeyPatch
+    seed: int, patience: float, in_steps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "PATIENCE", patience)
     chance = random.Random(seed)
@@ -283,7 +542,7 @@ def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
     running: dict[str, int] = {}
     executed: list[Commit] = []
 
-    def work(operations: Sequence[Any], settle: Settle) -> None:
+    def steps(operations: Sequence[Any], settle: Settle) -> Iterator[Answer]:
         with lock:
             own = Counter(names(operations))
             assert not own.keys() & running.keys(), "two groups at a time hold operations of one context"
@@ -293,7 +552,10 @@ def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
         if mood < 0.7:
             under_way(settle)
         for start in range(0, len(places), 10):
-            time.sleep(chance.choice((0, 0, 0.0005, 0.004)))
+            answer = Answer()
+            threading.Timer(chance.choice((0, 0, 0.0005, 0.004)), answer.give).start()
+            yield answer
+            assert answer.take()
             if mood < 0.2:
                 held_up(settle)
             with at_once(settle):
@@ -305,7 +567,7 @@ def test_whatever_a_storage_does_each_job_is_carried_out_in_order_and_told_once(
                             del running[operation.context_id]
                     settle(index, operation.commit_id.encode())
 
-    storage = Announcing(work, deadline=60.0)
+    storage = Stepping(steps, in_steps=in_steps, deadline=60.0)
     told: list[tuple[int, list[Any]]] = []
     given: list[list[Commit]] = []
     for number in range(400):

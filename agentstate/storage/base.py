@@ -78,9 +78,9 @@ class StateStorage(ABC):
 
     says_when_under_way: bool = False
     """Whether `execute` calls `agentstate.storage.jobs.under_way` when all that it was given is sent (or written), and
-    it will wait. Then one worker carries out group after group, and those who wait for the last one are told when the
-    next is under way, so that the event loop and the server work at the same time. Another one begins where a group
-    takes long."""
+    it will wait. Then one worker carries out group after group (two at a time where the storage can `begin` them), and
+    those who wait for the last one are told when the next is under way, so that the event loop and the server work at
+    the same time. Another worker goes ahead where a group takes long."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -128,13 +128,15 @@ class StateStorage(ABC):
         """
 
     def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
-        """`execute` in steps, for a backend that sends what it is given and waits for answers; None: not these.
+        """`execute` in steps, for a backend that sends what it is given and waits for answers; None: not for these.
 
-        An iterator that yields when all is sent, and whenever it would have to wait for more, what it waits for. Its
-        next step, in whatever thread, is taken when there is some, or the deadline has passed. So one thread may have
-        several groups on their way, and a server begins with the next one when it has answered the last. Used where
-        the platform has `select.poll`, for a storage that `says_when_under_way`; by a class with another `execute` than
-        that of the backend, it is not.
+        An iterator that yields when all is sent, and whenever it has to wait for more, what it waits for. A step ends
+        where it would wait; the next one is taken, in whatever thread, when there is something to read or the deadline
+        has passed. It may be taken earlier, and waits then. So one thread has several groups on their way, and a server
+        always has one to go on with.
+
+        Used for a storage that `says_when_under_way`, where the platform has `select.poll`; not for a class with an
+        `execute` of its own above this one.
         """
         return None
 

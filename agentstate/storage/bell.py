@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 CAN_RING = hasattr(select, "poll")  # Windows has none
 
@@ -25,10 +26,8 @@ class Bell:
 
     def ring(self) -> None:
         """Let the thread that waits go on, or the next one that will."""
-        try:
+        with suppress(BlockingIOError):  # it was rung so often that one time more makes no difference
             os.write(self._rings, _ONE)
-        except BlockingIOError:  # it was rung so often that one time more makes no difference
-            pass
 
     def wait(self, descriptors: Iterable[int], seconds: float) -> set[int]:
         """Wait until one of them is readable (or broken), or somebody rings. Returns those that are."""

@@ -10,6 +10,8 @@ the next worker leads. Of other storages each worker carries out whatever there 
 from __future__ import annotations
 
 import threading
+from bisect import insort
+from operator import attrgetter
 from time import monotonic
 
 from .bell import CAN_RING, Bell
@@ -35,6 +37,8 @@ whose outcomes are known."""
 
 IDLE_SECONDS: Final = 10.0
 """A worker thread with nothing to do for so long ends."""
+
+_BEGAN: Final = attrgetter("began")
 
 
 class Worker:
@@ -74,7 +78,7 @@ class Crew:
         self._since = 0.0  # since when
         self._asleep = False  # whether the leader waits for answers, and has to be woken for what else there is
         self._watched = False  # whether a worker looks how long the leader takes
-        self._on_their_way: list[Group] = []  # whoever leads goes on with these
+        self._on_their_way: list[Group] = []  # in the order in which they began; whoever leads goes on with them
         self._jobs = 0  # how many jobs are being carried out
 
     @property
@@ -128,15 +132,17 @@ class Crew:
         return self._storage.says_when_under_way and self._storage.groups > 1
 
     def _take_group(self, worker: Worker, last: Group | None) -> Group | None:
-        """The next group for this worker to begin, or to go on with. `last`: the one that it has carried out, whose jobs
-        are not told of yet; they are likely to be followed by as many."""
+        """The next group for this worker to begin, or to go on with.
+
+        `last`: the one that it has carried out, whose jobs are not told of yet; they are likely to be followed by as
+        many.
+        """
         if self._leader is not None and self._leader is not worker:
             return None
         if self._are_enough():
             if last is None and len(self._on_their_way) == AHEAD:  # there is nothing else to wait for than the oldest
-                group = self._on_their_way.pop(0)
-                self._leader, self._at_work, self._since = worker, group, monotonic()
-                return group
+                self._leader = worker
+                return self._resume(self._on_their_way[0])
             return None
         expected = self._jobs if last is None else self._jobs + len(last.jobs)
         jobs, keys = self._dispatcher.take_jobs(expected)
@@ -154,6 +160,14 @@ class Crew:
             group.be_prompt()
         if self._dispatcher.queue or last is not None or self._on_their_way:
             self.wake()
+        return group
+
+    def _resume(self, group: Group) -> Group:
+        """For the leader, which is at this group from now on."""
+        self._on_their_way.remove(group)
+        self._at_work, self._since = group, monotonic()
+        if self._on_their_way:
+            self.wake()  # somebody has to see to the others if it takes long
         return group
 
     def _are_enough(self) -> bool:
@@ -228,7 +242,7 @@ class Crew:
         with self._lock:
             if is_done:
                 return self._ended(worker, group)
-            self._on_their_way.append(group)
+            insort(self._on_their_way, group, key=_BEGAN)  # the server answers in this order
             if self._leader is worker:
                 self._at_work = None
             elif self._asleep:
@@ -254,8 +268,7 @@ class Crew:
                 if self._dispatcher.may_begin() and not self._are_enough():
                     chosen = None  # first give the server something to go on with
                 else:
-                    self._on_their_way.remove(chosen)
-                    self._at_work, self._since = chosen, now
+                    self._resume(chosen)
         if jobs:
             tell(jobs)
         return chosen

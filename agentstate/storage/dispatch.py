@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final, TypeVar
 
-    from .base import Settle, StateStorage
+    from .base import StateStorage
     from .jobs import Done, Outcomes
 
     A = TypeVar("A")

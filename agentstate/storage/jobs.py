@@ -137,7 +137,7 @@ class Group:
                     self.moved = monotonic()
                     self.under_way()
                     return False
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - those who wait are told of it
             failure = error
         settle_rest(storage, self.operations, self.outcomes, self.settle, failure)
         self.under_way()

@@ -74,7 +74,7 @@ class Connection:
     """
 
     __slots__ = (
-        "_asleep", "_awake", "_data", "_decrypted", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
+        "_asleep", "_awake", "_data", "_owner", "_patience", "_position", "_rest", "_sock", "deadline", "received",
         "run_id", "sent",
     )  # fmt: skip
 
@@ -83,8 +83,6 @@ class Connection:
         self._sock = sock
         self._data = b""
         self._position = 0
-        # Of TLS: how much is decrypted and not received yet.
-        self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
         self._patience = 0.0  # how long the socket waits, as it was last set
         # How many of the next calls sleep until the answer is there: all of them where one cannot look without waiting.
         self._asleep: float = 0 if type(sock) is socket.socket and _TIMEVAL is not None else inf
@@ -193,11 +191,11 @@ class Connection:
         return self._position < len(self._data)
 
     def receive(self) -> None:
-        """Take what has come, and wait if it is nothing. Raises LostConnectionError."""
-        data = self._receive(_RECEIVE)
-        while self._decrypted is not None and self._decrypted():  # of TLS; the descriptor does not tell of it
-            data += self._receive(_RECEIVE)
-        self._take_in(data)
+        """Take what has come, and wait if it is nothing. Raises LostConnectionError.
+
+        Nothing is left of which the descriptor would not tell: of TLS a record (at most 16 KB) is taken whole.
+        """
+        self._take_in(self._receive(_RECEIVE))
 
     def _take_in(self, data: bytes) -> None:
         self._data = self._data[self._position :] + data
