@@ -75,8 +75,12 @@ def get_or_create(
     context is no write: neither `updated_at` nor its ttl move. Atomic; costs a read of the whole history.
     """
     owner = self._owner(user_id, context_id)
-    commit = self._commit(context_id, commit_id, Create(owner))
     everything = self._query(context_id, variables=None, metadata=None, history=Window())
+    if commit_id is None and self.storage.expects(context_id):
+        snapshot = yield everything
+        if snapshot is not None and (owner is None or owner == snapshot.user_id):
+            return _state(context_id, snapshot)  # which is what the commit would have left, too
+    commit = self._commit(context_id, commit_id, Create(owner))._replace(deadline=everything.deadline)
     for _ in range(2):  # it may expire right after the commit that found it existing, and had nothing to do
         _, snapshot = yield InOrder((commit, everything))
         if snapshot is not None:

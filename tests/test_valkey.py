@@ -19,6 +19,7 @@ import valkey
 from servers import ValkeyServer
 from tls import TlsProxy
 
+from agentstate import SyncConversationContext
 from agentstate.errors import (
     StateAccessError,
     StateConfigError,
@@ -695,6 +696,34 @@ class TestTrips:
         }
         assert counted == calls
         assert reads == 2  # what was measured, and the second INFO
+
+    def test_get_or_create_is_a_read_for_a_context_that_was_there_before(
+        self, open_storage: Open, client: valkey.Valkey
+    ) -> None:
+        context = SyncConversationContext(open_storage())
+
+        def scripts_of(call: Callable[[], object]) -> int:
+            """How many scripts the call has the server run."""
+            client.config_resetstat()
+            call()
+            stats: Any = client.info("commandstats")
+            return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+        assert context.exists("a") is False  # connects
+        assert scripts_of(lambda: context.get_or_create("a")) == 1
+        assert scripts_of(lambda: context.get_or_create("a")) == 0
+        assert scripts_of(lambda: context.get_or_create("a", user_id="alice")) == 1, "it is claimed"
+        assert scripts_of(lambda: context.get_or_create("a", user_id="alice")) == 0
+        assert scripts_of(lambda: context.get_or_create("a")) == 0
+        with pytest.raises(StateAccessError):
+            context.get_or_create("a", user_id="bob")
+        SyncConversationContext(open_storage()).clear_context("a")
+        created = context.get_or_create("a", user_id="bob")
+        assert (created.user_id, created.revision) == ("bob", 1)
+        before = context.get_or_create("a").revision
+        for number in range(5000):
+            context.storage.expects(f"other {number}")
+        assert context.get_or_create("a").revision == before, "forgotten or not"
 
 
 class TestConnections:

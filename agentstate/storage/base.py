@@ -140,6 +140,11 @@ class StateStorage(ABC):
         """
         return None
 
+    def expects(self, context_id: str) -> bool:
+        """Whether the context is likely to exist, so that `get_or_create` should read it first, and only if it is gone
+        commit that it be there. For backends where a commit that finds it existing costs more than a read."""
+        return False
+
     def close(self) -> None:
         """Let go of files, connections and locks, after what is under way (at most a `deadline` long).
 

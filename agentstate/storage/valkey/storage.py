@@ -25,6 +25,8 @@ _logger = logging.getLogger("agentstate.storage.valkey")
 _STORAGE_OPTIONS: Final = {"ttl", "max_history", "max_value_bytes", "deadline"}
 _OWN_OPTIONS: Final = {"url", "key_prefix", "layout", "max_connections", "min_replicas", "strict"}
 
+_MOST_MET: Final = 4096
+
 
 class ValkeyStorage(StateStorage):
     """Keeps conversations in Valkey (or Redis 7.2 and its kin): one server, a sentinel's primary, or a cluster.
@@ -64,6 +66,7 @@ class ValkeyStorage(StateStorage):
             positive_integer("min_replicas", min_replicas)
         one_of("layout", layout, ("log", "document"))
         self.key_prefix = key_prefix
+        self._met: set[str] = set()  # contexts that exist, or did
         self._strict = strict
         self._url = target.shown
         limit = positive_integer("max_connections", max_connections)
@@ -99,6 +102,16 @@ class ValkeyStorage(StateStorage):
         if self.closed or not isinstance(self._layout, LogLayout) or self._servers.max_connections == 1:
             return None
         return self._layout.begin(operations, settle)
+
+    def expects(self, context_id: str) -> bool:
+        # Those that it asks for again: where one is gone, looking first is a round trip more.
+        met = self._met
+        if context_id in met:
+            return True
+        if len(met) >= _MOST_MET:
+            met.clear()
+        met.add(context_id)
+        return False
 
     def _outcome_of(self, operation: Operation) -> Outcome:
         if isinstance(self._layout, LogLayout) and not self.closed:
