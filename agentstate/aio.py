@@ -305,6 +305,7 @@ class _Port:
         self.loop = weakref.ref(loop)
         self.inbox: deque[_Wait] = deque()
         self._woken = False
+        self._is_opening = False  # `_open_inbox` sends what is sent meanwhile at its end
         self._outbox: dict[Dispatcher, list[Job]] = {}
         self._home = Home(_this_processor)
 
@@ -315,7 +316,7 @@ class _Port:
         if jobs is not None:
             jobs.append(job)
             return
-        if not outbox:
+        if not outbox and not self._is_opening:
             asyncio.get_running_loop().call_soon(self._send_all)
         outbox[dispatcher] = [job]
 
@@ -363,6 +364,7 @@ class _Port:
 
     def _open_inbox(self) -> None:
         self._woken = False
+        self._is_opening = True
         inbox = self.inbox
         try:
             while inbox:
@@ -372,6 +374,7 @@ class _Port:
                     job._context.run(go_on, job)
                 inbox.popleft()
         finally:
+            self._is_opening = False
             if self._outbox:  # what these tasks wait for next: now, not after the loop has looked what else there is
                 self._send_all()
             if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing

@@ -51,32 +51,35 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
     peer.connection.close()
 
 
-def test_every_answer_comes_however_long_it_takes(peer: Peer) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_every_answer_comes_however_long_it_takes(peer: Peer, looks: bool) -> None:
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
     for number in range(300):
         peer.pause = chance.choice([0, 0, 0, 0, 0.0001, 0.003])
         peer.answer = chance.choice([b":%d\r\n" % number, b"$17\r\n%017d\r\n" % number])
-        assert int(peer.connection.ask_one(b"request")) == number, f"seed {seed}"
+        assert int(peer.connection.ask_one(b"request", looks)) == number, f"seed {seed}"
         peer.answer = b":%d\r\n$-1\r\n*2\r\n:1\r\n$3\r\nabc\r\n" % number
-        assert peer.connection.ask_some(b"request", 3) == [number, None, [1, b"abc"]], f"seed {seed}"
+        assert peer.connection.ask_some(b"request", 3, looks) == [number, None, [1, b"abc"]], f"seed {seed}"
 
 
 @pytest.mark.parametrize("before", [0, 1, 200])
 @pytest.mark.parametrize("pause", [0, 0.01])
-def test_a_peer_that_closes_is_a_lost_connection(peer: Peer, before: int, pause: float) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_peer_that_closes_is_a_lost_connection(peer: Peer, before: int, pause: float, looks: bool) -> None:
     for _ in range(before):
-        assert peer.connection.ask_one(b"request") == b"OK"
+        assert peer.connection.ask_one(b"request", looks) == b"OK"
     peer.answer, peer.pause = b"", pause
     with pytest.raises(LostConnectionError, match="closed"):
-        peer.connection.ask_one(b"request")
+        peer.connection.ask_one(b"request", looks)
 
 
 @pytest.mark.parametrize("before", [0, 200])
-def test_no_answer_before_the_deadline_is_a_lost_connection(peer: Peer, before: int) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_no_answer_before_the_deadline_is_a_lost_connection(peer: Peer, before: int, looks: bool) -> None:
     for _ in range(before):
-        assert peer.connection.ask_one(b"request") == b"OK"
+        assert peer.connection.ask_one(b"request", looks) == b"OK"
     peer.pause = 0.3
     peer.connection.deadline = time.monotonic() + 0.05
     with pytest.raises(LostConnectionError, match="deadline"):
-        peer.connection.ask_one(b"request")
+        peer.connection.ask_one(b"request", looks)

@@ -266,6 +266,11 @@ def held_up(settle: Settle) -> None:
         group.dispatcher.crew.held_up(group)
 
 
+def for_others(settle: Settle) -> bool:
+    """Whether what `execute` was given is carried out by a worker, for threads or tasks that wait."""
+    return _group_of(settle) is not None
+
+
 def delays_others(settle: Settle) -> bool:
     """Whether somebody waits for nothing but that what `execute` was given is under way."""
     group = _group_of(settle)

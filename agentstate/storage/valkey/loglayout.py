@@ -28,7 +28,7 @@ from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...keys import KeySpace
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Page, Query
 from ..document import parse_document
-from ..jobs import delays_others
+from ..jobs import delays_others, for_others
 from .execution import Execution
 from .failures import repeat
 from .listing import Listed, chosen, scan_page
@@ -91,7 +91,7 @@ class LogLayout:
         if listings:
             others = [index for index in others if type(operations[index]) is not Listing]
         if is_lone(operations) and not listings and not delays_others(settle):
-            carry_out(self, cast(Sequence[OnContext], operations), settle)
+            carry_out(self, cast(Sequence[OnContext], operations), settle, looks=not for_others(settle))
         elif others:
             Execution(self, cast(Sequence[OnContext], operations), settle).run(others)
         for index in listings:
@@ -109,7 +109,7 @@ class LogLayout:
         if type(operation) is Listing:
             outcomes[0] = self._list(operation)
         else:
-            carry_out(self, (cast(OnContext, operation),), outcomes.__setitem__)
+            carry_out(self, (cast(OnContext, operation),), outcomes.__setitem__, looks=True)
         outcome: Outcome | StateError = outcomes[0]
         if isinstance(outcome, StateError):
             raise outcome

@@ -33,8 +33,12 @@ def is_lone(operations: Sequence[Any]) -> bool:
     )
 
 
-def carry_out(layout: LogLayout, operations: Sequence[OnContext], settle: Settle) -> None:
-    """Carry out operations that are `is_lone`, and settle them."""
+def carry_out(layout: LogLayout, operations: Sequence[OnContext], settle: Settle, *, looks: bool) -> None:
+    """Carry out operations that are `is_lone`, and settle them.
+
+    `looks`: look for the answer before sleeping, where that helps. It is of no use to an event loop that waits: that
+    sleeps anyway.
+    """
     pool = layout.servers.only
     last: Any = operations[-1]
     deadline = min(operations[0].deadline, last.deadline)
@@ -49,12 +53,12 @@ def carry_out(layout: LogLayout, operations: Sequence[OnContext], settle: Settle
     read: list[Any] = []
     try:
         if not plain:
-            reply = connection.ask_one(layout.pack(operations, _FIRST, stamp, 0))
+            reply = connection.ask_one(layout.pack(operations, _FIRST, stamp, 0), looks)
         elif scripted:
             packed = layout.pack(operations, _FIRST, stamp, 0) + layout.pack_read(last)
-            reply, *read = connection.ask_some(packed, 1 + reply_count(last))
+            reply, *read = connection.ask_some(packed, 1 + reply_count(last), looks)
         else:
-            read = connection.ask_some(layout.pack_read(last), reply_count(last))
+            read = connection.ask_some(layout.pack_read(last), reply_count(last), looks)
     except LostConnectionError as error:
         pool.discard(connection)
         execution = Execution(layout, operations, settle)

@@ -111,20 +111,23 @@ class Connection:
         self.send(b"".join(commands))
         return self.read_some(len(commands))
 
-    def ask_one(self, packed: bytes) -> Any:
-        """The reply to one packed command: `send` and `read`, with less ado for what is small."""
-        data = self._exchange(packed)
+    def ask_one(self, packed: bytes, looks: bool) -> Any:
+        """The reply to one packed command: `send` and `read`, with less ado for what is small.
+
+        `looks`: look for the answer before sleeping, where that helps.
+        """
+        data = self._exchange(packed, looks)
         if len(data) == 24 and data.startswith(b"$17\r\n"):  # what the script answers to most
             return data[5:22]
         self._feed(data)
         return self.read()
 
-    def ask_some(self, packed: bytes, replies: int) -> list[Any]:
-        """`ask` for commands that are packed as one, to which there are so many replies."""
-        self._feed(self._exchange(packed))
+    def ask_some(self, packed: bytes, replies: int, looks: bool) -> list[Any]:
+        """`ask_one` for commands that are packed as one, to which there are so many replies."""
+        self._feed(self._exchange(packed, looks))
         return self.read_some(replies)
 
-    def _exchange(self, packed: bytes) -> bytes:
+    def _exchange(self, packed: bytes, looks: bool) -> bytes:
         if len(packed) > _SEND:
             self.send(packed)
             return self._receive(_RECEIVE)
@@ -133,7 +136,9 @@ class Connection:
             self._set_patience()
         try:
             self._sock.sendall(packed)
-            if self._asleep:
+            if not looks:
+                data = self._sock.recv(_RECEIVE)
+            elif self._asleep:
                 self._asleep -= 1
                 data = self._sock.recv(_RECEIVE)
             else:
