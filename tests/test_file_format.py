@@ -16,7 +16,7 @@ from agentstate import FileStorage
 from agentstate.errors import StateCorruptedError, StateSerializationError
 from agentstate.operations import Append, Change, Commit, Increment, Pop, Put, Query, Restore, Space, Trim, Window
 from agentstate.storage.file.logfile import _pieces
-from agentstate.storage.file.logformat import fields, ids_text, is_sealed, seed_of
+from agentstate.storage.file.logformat import fields, ids_of, ids_text, is_sealed, seed_of
 from agentstate.storage.file.logimage import LogImage
 from agentstate.storage.resolve import Effects, only_adds, resolve
 
@@ -450,3 +450,13 @@ def test_commit_ids_are_said_as_what_they_have_in_common_and_the_rest(ids: list[
     prefix, *rest = json.loads(ids_text(ids))
     assert prefix == commonprefix(ids)  # noqa: RUF071 - of texts, these are no paths
     assert [prefix + one for one in rest] == ids
+    for said in (ids_text(ids), json.dumps([prefix, *rest]).encode()):
+        read = fields(b'{"commits":%b,"live":["]"]}' % said)
+        assert ids_of(read["commits"]) == ids
+        assert read["live"] == ["]"]
+
+
+@pytest.mark.parametrize("said", [b"[]", b'["a",1,"b"]', b'["a",["b"]]', b'"a"', b'{"a":"b"}', b'["a","b"', b'["a"'])
+def test_ids_of_commits_that_are_no_texts_are_not_taken(said: bytes) -> None:
+    with pytest.raises(ValueError, match="texts|JSON|delimiter"):
+        fields(b'{"commits":%b,"live":["x"]}' % said)

@@ -208,9 +208,23 @@ def _text_of_value(text: str, position: int) -> tuple[bytes, int]:
     return text[position:end].encode(), end
 
 
+def _ids(text: str, position: int) -> tuple[str, int]:
+    """A list of commit ids stays JSON: see `ids_of`."""
+    end = text.find('"]', position) + 2
+    said = text[position:end]
+    # Without escapes, a quotation mark begins or ends a text. So these are texts, if each of them stands between two.
+    if said.startswith('["') and "\\" not in said and said.count('"') == 2 * said.count('","') + 2:
+        return said, end
+    ids, end = _value(text, position)
+    if not isinstance(ids, list) or not ids or not all(isinstance(part, str) for part in ids):
+        raise ValueError("ids of commits are texts")
+    return to_ascii(ids), end
+
+
 _read_field: Final[dict[str, Callable[[str, int], tuple[Any, int]]]] = {
     "add": _texts_of_list,
     "answer": _text_of_value,
+    "commits": _ids,
     **dict.fromkeys(("set", "meta", "variables", "metadata", "answers"), _texts_of_object),
 }
 """How the values are read that stay texts."""
@@ -268,6 +282,12 @@ def ids_text(ids: list[str]) -> bytes:
     prefix = commonprefix(ids)  # noqa: RUF071 - of texts, these are no paths
     size = len(prefix)
     return text([prefix, *[commit_id[size:] for commit_id in ids]])
+
+
+def ids_of(said: str) -> list[str]:
+    """The commit ids that `ids_text` made such a list of."""
+    prefix, *rest = _value(said, 0)[0] if "\\" in said else said[2:-2].split('","')
+    return [prefix + suffix for suffix in rest]
 
 
 def object_of(texts: dict[str, bytes]) -> bytes:

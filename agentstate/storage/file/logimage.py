@@ -15,6 +15,7 @@ from .logformat import (
     Run,
     fields,
     header,
+    ids_of,
     ids_text,
     is_sealed,
     object_of,
@@ -78,7 +79,7 @@ class LogImage(Image):
 
     def __init__(self, context_id: str) -> None:
         self._commits: dict[str, Answer] = {}
-        self._unread_commits: list[tuple[str, list[str], dict[str, Answer]]] = []
+        self._unread_commits: list[tuple[list[str] | str, dict[str, Answer]]] = []  # ids, or what `ids_of` reads
         super().__init__()
         self.context_id = context_id
         self.seed = seed_of(context_id)
@@ -103,8 +104,8 @@ class LogImage(Image):
         """The remembered commits. What the log says of them is looked at when it is needed: readers never do."""
         if self._unread_commits:
             unread, self._unread_commits = self._unread_commits, []
-            for prefix, suffixes, answers in unread:
-                self._commits.update(dict.fromkeys([prefix + suffix for suffix in suffixes], b""))
+            for ids, answers in unread:
+                self._commits.update(dict.fromkeys(ids_of(ids) if isinstance(ids, str) else ids, b""))
                 self._commits.update(answers)
             if len(self._commits) >= 2 * REMEMBERED_COMMITS:
                 self._commits = dict(list(self._commits.items())[-REMEMBERED_COMMITS:])
@@ -123,8 +124,11 @@ class LogImage(Image):
 
     # --- replay
 
-    def replay(self, data: bytes, offset: int) -> None:
-        """Take in the complete lines of `data`, which stands at `offset`. Raises Damage at the first bad one."""
+    def replay(self, data: bytes, offset: int, *, sealed: bool = False) -> None:
+        """Take in the complete lines of `data`, which stands at `offset`. Raises Damage at the first bad one.
+
+        `sealed`: that the first one has the right checksum is known already.
+        """
         begin, seed = 0, self.seed
         while True:
             begin = self._replay_appends(data, begin, offset)
@@ -132,8 +136,9 @@ class LogImage(Image):
             if stop < 0:
                 return
             line = data[begin:stop]
-            if not is_sealed(line, seed, offset + begin):
+            if not sealed and not is_sealed(line, seed, offset + begin):
                 raise Damage(offset + begin, "a line's checksum does not match")
+            sealed = False
             try:
                 self._replay_line(fields(line), offset + begin, len(line) + 1)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,7 +189,7 @@ class LogImage(Image):
         self.revision = revision
         self.updated = int(at)
         self.expires = None if expires is None else int(expires)
-        self._remember_all("", b" ".join(said_ids).decode().split(" "), {})
+        self._remember_all(b" ".join(said_ids).decode().split(" "), {})
         self.end += len(messages)
         self._add_recent(messages)
         if trimmed is not None:
@@ -205,10 +210,10 @@ class LogImage(Image):
         elif offset != 0 or "agentstate" not in said:
             raise ValueError("of no known kind")
 
-    def _remember_all(self, prefix: str, suffixes: list[str], answers: dict[str, Answer]) -> None:
+    def _remember_all(self, ids: list[str] | str, answers: dict[str, Answer]) -> None:
         if len(self._unread_commits) >= _UNREAD_COMMITS:
             self.commits  # noqa: B018 - reads them
-        self._unread_commits.append((prefix, suffixes, answers))
+        self._unread_commits.append((ids, answers))
 
     def _follow(self, revision: int) -> None:
         if not self.exists or revision != self.revision + 1:
@@ -247,11 +252,9 @@ class LogImage(Image):
             self.expires = said.get("expires")
             self.variables, self.metadata = said.get("variables", {}), said.get("metadata", {})
             self.start, self.end = said.get("start", 0), said.get("end", 0)
-            prefix, *rest = said["commits"]
-            _ = prefix + "".join(rest)  # TypeError, unless they are texts
             self._commits, self._unread_commits = {}, []
             unkept = dict.fromkeys(said.get("unkept", ()), ALREADY_APPLIED)
-            self._remember_all(prefix, rest, {**said.get("answers", {}), **unkept})
+            self._remember_all(said["commits"], {**said.get("answers", {}), **unkept})
         self.live, self.base = said.get("live", 0), said.get("base", 0)
         self._list_runs(said["runs"], said.get("older"), offset, size)
         self._note_checkpoint(offset + size, size)
@@ -500,7 +503,9 @@ class LogImage(Image):
     def weight(self) -> int:
         """About how many bytes of memory the image takes up."""
         values = sum(map(len, self.variables.values())) + sum(map(len, self.metadata.values()))
-        commits = len(self._commits) + sum([len(suffixes) for _, suffixes, _ in self._unread_commits])
+        commits = len(self._commits) + sum(
+            [ids.count(",") if isinstance(ids, str) else len(ids) for ids, _ in self._unread_commits]
+        )
         keys = len(self.variables) + len(self.metadata) + commits
         return 2000 + values + self.recent_bytes + 50 * len(self.recent) + 150 * keys + 200 * len(self.runs)
 

@@ -115,10 +115,11 @@ class LogReader:
         adopted = None
         try:
             adopted = self._header(data if begin == 0 else self.read(0, HEAD))
-            if begin + start > 0:
-                self._check_write(begin + start, data[start : data.index(b"\n", start)], data, begin)
+            sealed = begin + start > 0 and self._check_write(
+                begin + start, data[start : data.index(b"\n", start)], data, begin
+            )
             image.log_end = begin + start
-            image.replay(data[start:], image.log_end)
+            image.replay(data[start:], image.log_end, sealed=sealed)
             good_end, damage = image.log_end, None
         except Damage as error:
             good_end, damage = error.offset, error
@@ -135,14 +136,14 @@ class LogReader:
         adopted: list[Any] | None = said.get("adopted")
         return adopted
 
-    def _check_write(self, offset: int, checkpoint: bytes, data: bytes, begin: int) -> None:
+    def _check_write(self, offset: int, checkpoint: bytes, data: bytes, begin: int) -> bool:
         """Check the lines that were written together with a checkpoint: it may have reached the disk, and they not.
-        `data`, which stands at `begin`, was read already.
+        `data`, which stands at `begin`, was read already. False if the checkpoint itself is not sealed.
 
         (With fsync "no" that holds for lines long before it too. It is noticed when they are read.)
         """
         if not is_sealed(checkpoint, self.seed, offset):
-            return  # the replay says so
+            return False
         position = begin_of_write(checkpoint, offset)
         known = position >= begin
         lines = data[position - begin : offset - begin] if known else self.read(position, offset - position)
@@ -150,6 +151,7 @@ class LogReader:
             if not is_sealed(line, self.seed, position):
                 raise Damage(position, "a line's checksum does not match")
             position += len(line) + 1
+        return True
 
     def catch_up(self, image: LogImage, size: int) -> None:
         """Take in what the file has grown by since `image` was read."""
