@@ -458,5 +458,5 @@ def test_commit_ids_are_said_as_what_they_have_in_common_and_the_rest(ids: list[
 
 @pytest.mark.parametrize("said", [b"[]", b'["a",1,"b"]', b'["a",["b"]]', b'"a"', b'{"a":"b"}', b'["a","b"', b'["a"'])
 def test_ids_of_commits_that_are_no_texts_are_not_taken(said: bytes) -> None:
-    with pytest.raises(ValueError, match="texts|JSON|delimiter"):
+    with pytest.raises(ValueError, match=r"texts|JSON|delimiter"):
         fields(b'{"commits":%b,"live":["x"]}' % said)
