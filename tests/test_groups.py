@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from agentstate import ConversationContext, InMemoryStorage, StateUnavailableErr
 from agentstate.operations import Append, Commit, Operation, Query
 from agentstate.storage import crew
 from agentstate.storage.base import Settle
+from agentstate.storage.bell import CAN_RING, Bell
 from agentstate.storage.jobs import CallBack, Group, at_once, held_up, under_way
 
 
@@ -528,6 +530,29 @@ def test_a_class_with_another_execute_is_not_carried_out_in_steps() -> None:
     storage.dispatcher.submit((commit("a"),), told.append)
     eventually(lambda: told)
     assert storage.calls == 1
+
+
+@pytest.mark.skipif(not CAN_RING, reason="this platform has no poll")
+@pytest.mark.parametrize("platform", ["linux", "another"])
+def test_a_bell_wakes_who_waits_however_often_it_is_rung(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", platform if sys.platform == "linux" else sys.platform)
+        bell = Bell()
+    try:
+        answer = Answer()
+        assert bell.wait([answer.fileno()], 0.0) == set()
+        answer.give()
+        assert bell.wait([answer.fileno()], 20.0) == {answer.fileno()}
+        answer.take()
+        threading.Timer(0.01, bell.ring).start()
+        began = time.monotonic()
+        assert bell.wait([], 20.0) == set()
+        assert time.monotonic() - began < 10
+        for _ in range(100_000):  # more than a pipe takes
+            bell.ring()
+        assert bell.wait([], 20.0) == set()
+    finally:
+        bell.close()
 
 
 @pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in steps"])
