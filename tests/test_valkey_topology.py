@@ -126,6 +126,58 @@ class TestCluster:
             storage.execute([Query(f"c{n}", deadline=time.monotonic() + 20) for n in range(30)], outcomes.__setitem__)
             assert all(isinstance(outcome, Snapshot) for outcome in outcomes.values())
 
+    @pytest.mark.parametrize("through", ["execute", "begin"])
+    def test_a_node_that_stands_still_holds_up_nobody_else(self, through: str) -> None:
+        with (
+            ValkeyCluster(require_server("9.1")) as cluster,
+            closing(ValkeyStorage(cluster.url, deadline=5)) as storage,
+        ):
+            for node in cluster.nodes:
+                with node.client() as client:
+                    client.config_set("cluster-require-full-coverage", "no")
+            names = [f"c{number}" for number in range(40)]
+            with cluster.nodes[1].client() as client:
+                ranges = [row for row in client.execute_command("CLUSTER SLOTS") if row[2][1] == cluster.nodes[1].port]
+            held = {
+                name
+                for name in names
+                for first, last, *_ in ranges
+                if first <= key_slot(storage._layout.keys.keys(name).state.encode()) <= last
+            }
+            assert 0 < len(held) < 40
+
+            def append_to_all(turn: int) -> tuple[dict[str, Any], dict[str, float]]:
+                """The outcomes of an append to each, and when they came (seconds)."""
+                outcomes: dict[str, Any] = {}
+                times: dict[str, float] = {}
+                began = time.monotonic()
+                commits = [
+                    Commit(name, (Append((HI,)),), f"{turn}-{name}", deadline=began + 1.5, fresh=True) for name in names
+                ]
+
+                def settle(index: int, outcome: Any) -> None:
+                    outcomes[names[index]] = outcome
+                    times[names[index]] = time.monotonic() - began
+
+                if through == "execute":
+                    storage.execute(commits, settle)
+                else:
+                    for index, commit in enumerate(commits):
+                        storage.dispatcher.submit((commit,), lambda told, index=index: settle(index, told[0]))  # type: ignore[misc]
+                    assert storage.dispatcher.wait_until_empty(20)
+                return outcomes, times
+
+            outcomes, _ = append_to_all(0)
+            assert set(outcomes.values()) == {b""}
+            with cluster.nodes[1].paused():
+                for turn in (1, 2):  # the second one finds no connection to it any more
+                    outcomes, times = append_to_all(turn)
+                    assert {name for name in names if outcomes[name] == b""} == set(names) - held, outcomes
+                    assert max(times[name] for name in set(names) - held) < min(times[name] for name in held)
+            for name in names:
+                end = existing(storage, name).end
+                assert (1 <= end <= 3) if name in held else end == 3
+
 
 class TestSentinel:
     def test_writes_go_on_after_a_failover(self, key_prefix: str) -> None:

@@ -32,11 +32,14 @@ from .reads import (
 )
 from .script import ATTEMPT, GROUP, MICROSECONDS, Conversion, OnContext, Summed, change_at
 from .url import Address
-from .wire import Connection, LostConnectionError, ServerError, command
+from .wire import Connection, LostConnectionError, ServerError, Several, command
 
 if TYPE_CHECKING:
     from ..base import Settle
     from .loglayout import LogLayout
+
+_PROMPT: Final = 0.02
+"""Seconds for which servers of a cluster may answer before others are connected to."""
 
 _AGAIN: Final[Any] = object()
 """Stands for the outcome of an operation that has to be sent again."""
@@ -71,16 +74,22 @@ class Execution:
         for _ in self.steps(todo):
             pass
 
-    def steps(self, todo: list[int]) -> Iterator[Connection]:
-        """`run`, which yields a connection before it waits for answers of that one."""
+    def steps(self, todo: list[int]) -> Iterator[Connection | Several]:
+        """`run`, which yields a connection (or several) before it waits for answers."""
         waits = pauses()
         needed = 0.0
         while todo:
             end, ready = self._in_time(todo, needed)
             todo = []
             began = monotonic()
-            for pool, reads, groups in self._by_server(ready, end, todo):
-                yield from self._exchange(pool, reads, groups, end, todo)
+            plans = self._by_server(ready, end, todo)
+            # A server that cannot be connected to leaves the others their share of the time.
+            patience = began + (end - began) / max(1, len(plans))
+            exchanges = [self._exchange(*plan, end, patience, todo) for plan in plans]
+            if len(exchanges) == 1:
+                yield from exchanges[0]
+            else:
+                yield from _side_by_side(exchanges, sum(pool.has_idle() for pool, *_ in plans))
             if todo and self.problem is not None:
                 now = monotonic()
                 # An attempt with less time than the last one took would fail for that alone, and hide what is wrong.
@@ -113,8 +122,11 @@ class Execution:
 
     def _by_server(
         self, indexes: list[int], end: float, again: list[int]
-    ) -> Iterable[tuple[Pool, list[int], Iterable[list[int]]]]:
-        """The operations by the server that they go to: plain reads, and groups for the script."""
+    ) -> Sequence[tuple[Pool, list[int], Iterable[list[int]]]]:
+        """The operations by the server that they go to: plain reads, and groups for the script.
+
+        First come those for servers to which there is a connection.
+        """
         reads, others = self._plain_reads(indexes)
         servers = self.layout.servers
         if not servers.is_cluster:
@@ -136,7 +148,7 @@ class Execution:
                     plan[1].extend(together)
                 else:
                     plan[2].extend(self.layout.groups(self.operations, together))
-        return plans.values()
+        return sorted(plans.values(), key=lambda plan: not plan[0].has_idle())
 
     def _plain_reads(self, indexes: list[int]) -> tuple[list[int], list[int]]:
         """Those that plain commands can answer, and the others. What shares a context with a write goes with it."""
@@ -158,15 +170,22 @@ class Execution:
         return [index for index in reads if index not in left], [index for index in indexes if index in left]
 
     def _exchange(
-        self, pool: Pool, reads: list[int], groups: Iterable[list[int]], end: float, again: list[int]
+        self,
+        pool: Pool,
+        reads: list[int],
+        groups: Iterable[list[int]],
+        end: float,
+        patience: float,
+        again: list[int],
     ) -> Iterator[Connection]:
-        """Send everything to one server, read all answers, and settle what they settle."""
+        """Send everything to one server, read all answers, and settle what they settle. Yields the connection where it
+        would wait for more of them. `patience`: until when to try to connect."""
         layout = self.layout
         try:
             connection = pool.acquire_idle(end)
             if connection is None:
                 held_up(self.settle)
-                connection = pool.acquire(end)
+                connection = pool.acquire(end, patience)
         except (LostConnectionError, ServerError, StateError) as error:
             for group in (reads, *groups):
                 self._failed(error, group, again)
@@ -185,9 +204,7 @@ class Execution:
                 connection.send(self._packed(group, stamp))
             under_way(self.settle)
             for start in range(0, len(reads), GROUP):
-                while not connection.has_reply():
-                    yield connection
-                    connection.receive()
+                yield from connection.reply()
                 with at_once(self.settle):
                     for index in reads[start : start + GROUP]:
                         query = cast(Query, self.operations[index])
@@ -198,15 +215,18 @@ class Execution:
             confirmed = layout.min_replicas
             if confirmed and sent:
                 connection.send(command("WAIT", confirmed, max(1, int((end - monotonic()) * 800))))
-                yield connection
-                replies = [self._reply(connection, group) for group in sent]
+                for group in sent:
+                    yield from connection.reply()
+                    replies.append(self._reply(connection, group))
+                yield from connection.reply()
                 confirmed = connection.read()
             unloaded = False
             for group in sent:
-                while not replies and not connection.has_reply():
-                    yield connection
-                    connection.receive()
-                reply = replies[answered] if replies else self._reply(connection, group)
+                if replies:
+                    reply = replies[answered]
+                else:
+                    yield from connection.reply()
+                    reply = self._reply(connection, group)
                 answered += 1
                 if not isinstance(reply, ServerError):
                     with at_once(self.settle):
@@ -444,6 +464,41 @@ class Execution:
         )
         error.__cause__ = problem
         return error
+
+
+def _side_by_side(exchanges: Sequence[Iterator[Connection]], connected: int) -> Iterator[Connection | Several]:
+    """Exchanges with several servers: all is sent, and then each goes on when its server has answered.
+
+    `connected`: to how many of them, the first ones, there is a connection. To connect to the others may take its time,
+    so what these answer meanwhile is taken before.
+    """
+    waiting: dict[Connection, Iterator[Connection]] = {}
+    several = Several()
+
+    def go_on(until: float) -> None:
+        for connection in several.ready(until):
+            if next(waiting[connection], None) is None:
+                several.leave_out(connection)
+                del waiting[connection]
+
+    try:
+        for number, exchange in enumerate(exchanges):
+            if number == connected:
+                until = monotonic() + _PROMPT
+                while waiting and monotonic() < until:
+                    go_on(until)
+            connection = next(exchange, None)
+            if connection is not None:
+                waiting[connection] = exchange
+                several.add(connection)
+        while len(waiting) > 1:
+            yield several
+            go_on(NEVER)
+        for connection, exchange in waiting.items():
+            yield connection
+            yield from exchange
+    finally:
+        several.close()
 
 
 _MEANINGS: Final = {

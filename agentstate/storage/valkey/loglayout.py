@@ -50,8 +50,7 @@ from .script import (
 from .wire import bulk, command, number
 
 if TYPE_CHECKING:
-    from ..base import Settle
-    from .wire import Connection
+    from ..base import Answering, Settle
 
 
 class Names(NamedTuple):
@@ -97,7 +96,7 @@ class LogLayout:
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
 
-    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Connection] | None:
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
         """`execute` in steps; None if there are listings among the operations."""
         if any(type(operation) is Listing for operation in operations):
             return None

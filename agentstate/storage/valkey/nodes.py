@@ -44,8 +44,11 @@ class Pool:
         self._waiting = 0
         self._sent = self._received = 0  # bytes, on connections that are closed
 
-    def acquire(self, deadline: float) -> Connection:
-        """A connection that answers until `deadline`. Raises LostConnectionError, ServerError, StateTimeoutError."""
+    def acquire(self, deadline: float, patience: float | None = None) -> Connection:
+        """A connection that answers until `deadline`; a new one is waited for until `patience`, if that is less.
+
+        Raises LostConnectionError, ServerError, StateTimeoutError.
+        """
         with self._lock:
             self._waiting += 1
             try:
@@ -62,7 +65,7 @@ class Pool:
                 return connection
             self._connecting += 1
         try:
-            connection = self._connect(self, deadline)
+            connection = self._connect(self, deadline if patience is None else patience)
         except BaseException:
             with self._lock:
                 self._connecting -= 1
@@ -71,7 +74,12 @@ class Pool:
         with self._lock:
             self._connecting -= 1
             self._open.add(connection)
+        connection.deadline = deadline
         return connection
+
+    def has_idle(self) -> bool:
+        """Whether there is a connection that nobody uses."""
+        return bool(self._idle)
 
     def acquire_idle(self, deadline: float) -> Connection | None:
         """A connection if one is there already, and there is time."""
@@ -293,8 +301,8 @@ class Servers:
         """Ask the servers of the cluster in turn, those known so far included."""
         problem: Exception = LostConnectionError("no server of the cluster answers")
         known = {*self.target.addresses, *self._pools}
-        for address in known:
-            pool = self.pool_at(address)
+        pools = [(address, self.pool_at(address)) for address in known]
+        for address, pool in sorted(pools, key=lambda one: not one[1].has_idle()):  # who has just answered, first
             try:
                 patience = min(deadline, monotonic() + max(0.1, (deadline - monotonic()) / len(known)))
                 reply = pool.ask(patience, command("CLUSTER", "SLOTS"))[0]

@@ -18,6 +18,7 @@ from .url import Address, check_options, read_url
 from .wire import Connection, ServerError
 
 if TYPE_CHECKING:
+    from ..base import Answering
     from ..statistics import StorageStatistics
 
 _logger = logging.getLogger("agentstate.storage.valkey")
@@ -97,7 +98,7 @@ class ValkeyStorage(StateStorage):
             return
         self._layout.execute(operations, settle)
 
-    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Connection] | None:
+    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
         # With a single connection, the next group would have to wait for it.
         if self.closed or not isinstance(self._layout, LogLayout) or self._servers.max_connections == 1:
             return None

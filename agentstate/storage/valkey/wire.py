@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from struct import Struct, calcsize
 from time import monotonic
@@ -195,6 +195,12 @@ class Connection:
         """Whether the next reply is here, or its beginning, which the rest will soon follow."""
         return self._position < len(self._data)
 
+    def reply(self) -> Iterator[Connection]:
+        """Until the next reply is here: yields itself before it waits for more to `receive`."""
+        while not self.has_reply():
+            yield self
+            self.receive()
+
     def receive(self) -> None:
         """Take what has come, and wait if it is nothing. Raises LostConnectionError.
 
@@ -307,6 +313,44 @@ class Connection:
         if not 0.99 * left <= self._patience <= left:
             self._patience = 0.995 * left  # a little less, which is right for the next call too
             _set_timeout(self._sock, self._patience)
+
+
+class Several:
+    """Connections of which any may be the next with an answer. To be closed, since it has a descriptor of its own."""
+
+    def __init__(self) -> None:
+        from selectors import DefaultSelector
+
+        self._selector: Any = DefaultSelector()
+        self._connections: set[Connection] = set()
+        self.deadline = inf
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when one of theirs is."""
+        descriptor: int = self._selector.fileno()
+        return descriptor
+
+    def add(self, connection: Connection) -> None:
+        """Wait for this one too."""
+        self._selector.register(connection, 1)  # selectors.EVENT_READ
+        self._connections.add(connection)
+        self.deadline = min(self.deadline, connection.deadline)
+
+    def ready(self, until: float) -> list[Connection]:
+        """Wait for answers. Returns those that have one; none if that takes longer than until then; all of them if the
+        deadline has passed."""
+        events = self._selector.select(max(0.0, min(self.deadline, until) - monotonic()))
+        if events or monotonic() < self.deadline:
+            return [key.fileobj for key, _ in events]
+        return [*self._connections]
+
+    def leave_out(self, connection: Connection) -> None:
+        """Do not wait for this one any more."""
+        self._selector.unregister(connection)
+        self._connections.discard(connection)
+
+    def close(self) -> None:
+        self._selector.close()
 
 
 class QuickConnection(Connection):
