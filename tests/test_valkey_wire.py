@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from agentstate.storage.valkey.wire import Connection, LostConnectionError, QuickConnection
+from agentstate.storage.valkey.wire import Connection, LostConnectionError, QuickConnection, Several
 
 
 class Peer:
@@ -83,3 +83,26 @@ def test_no_answer_before_the_deadline_is_a_lost_connection(peer: Peer, before: 
     peer.connection.deadline = time.monotonic() + 0.05
     with pytest.raises(LostConnectionError, match="deadline"):
         peer.connection.ask_one(b"request", looks)
+
+
+def test_of_several_connections_those_with_an_answer_go_on_and_all_at_the_deadline() -> None:
+    peers = [Peer(Connection) for _ in range(3)]
+    several = Several()
+    try:
+        for peer in peers:
+            peer.connection.deadline = time.monotonic() + 0.5
+            several.add(peer.connection)
+        assert several.ready(time.monotonic() + 0.01) == []
+        peers[1].connection.send(b"request")
+        assert several.ready(time.monotonic() + 20) == [peers[1].connection]
+        assert [*peers[1].connection.reply()], "it waits for its answer"
+        assert peers[1].connection.read() == b"OK"
+        several.leave_out(peers[1].connection)
+        assert set(several.ready(time.monotonic() + 20)) == {peers[0].connection, peers[2].connection}
+        with pytest.raises(LostConnectionError, match="deadline"):
+            for _ in peers[0].connection.reply():
+                pass
+    finally:
+        several.close()
+        for peer in peers:
+            peer.connection.close()
