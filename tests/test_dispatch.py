@@ -370,7 +370,7 @@ def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> 
     storage.gate.set()
     done = Collected()
     storage.dispatcher.submit((append("a", 0),), done.of("a"))
-    eventually(lambda: len(done) and not storage.dispatcher.crew.size)
+    eventually(lambda: len(done) and not storage.dispatcher.crew._workers)
     storage.dispatcher.submit((append("a", 1),), done.of("a"))
     eventually(lambda: len(done) == 2)
 

@@ -16,7 +16,7 @@ from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
 from ..operations import LONGEST, NEVER, Operation, Outcome
 from .dispatch import Dispatcher
-from .jobs import PENDING, abandoned
+from .jobs import PENDING, abandoned, settle_rest
 from .renewal import forget_after_fork
 from .tally import TIMED_ONE_IN, Tally
 
@@ -201,9 +201,7 @@ class StateStorage(ABC):
         outcomes: list[Any] = [PENDING] * len(operations)
         began = monotonic_ns()
         self.execute(operations, outcomes.__setitem__)
-        for index, outcome in enumerate(outcomes):
-            if outcome is PENDING:
-                outcomes[index] = abandoned(self, operations[index])
+        settle_rest(self, operations, outcomes, outcomes.__setitem__)
         self.tally.note(operations, outcomes, monotonic_ns() - began)
         return outcomes
 

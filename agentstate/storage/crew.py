@@ -81,11 +81,6 @@ class Crew:
         self._on_their_way: list[Group] = []  # in the order in which they began; whoever leads goes on with them
         self._jobs = 0  # how many jobs are being carried out
 
-    @property
-    def size(self) -> int:
-        """How many threads there are."""
-        return len(self._workers)
-
     def held_up(self, group: Group) -> None:
         """Do not wait for the worker that is at this group: it waits for something else."""
         self._give_up_on(group)

@@ -17,6 +17,7 @@ from ...errors import (
     TurnLostError,
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
+from ..crew import PATIENCE
 from ..document import Document, parse_document
 from ..jobs import at_once, held_up, under_way
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
@@ -37,9 +38,6 @@ from .wire import Connection, LostConnectionError, ServerError, Several, command
 if TYPE_CHECKING:
     from ..base import Settle
     from .loglayout import LogLayout
-
-_PROMPT: Final = 0.02
-"""Seconds for which servers of a cluster may answer before others are connected to."""
 
 _AGAIN: Final[Any] = object()
 """Stands for the outcome of an operation that has to be sent again."""
@@ -484,7 +482,7 @@ def _side_by_side(exchanges: Sequence[Iterator[Connection]], connected: int) -> 
     try:
         for number, exchange in enumerate(exchanges):
             if number == connected:
-                until = monotonic() + _PROMPT
+                until = monotonic() + PATIENCE
                 while waiting and monotonic() < until:
                     go_on(until)
             connection = next(exchange, None)

@@ -206,15 +206,11 @@ class Connection:
 
         Nothing is left of which the descriptor would not tell: of TLS a record (at most 16 KB) is taken whole.
         """
-        self._take_in(self._receive(_RECEIVE))
-
-    def _take_in(self, data: bytes) -> None:
-        self._data = self._data[self._position :] + data
-        self._position = 0
+        self._feed(self._receive(_RECEIVE))
 
     def _feed(self, data: bytes) -> None:
-        """Take what was received where nothing was left over."""
-        self._data = data
+        """Put what was received behind what is left over."""
+        self._data = self._data[self._position :] + data
         self._position = 0
 
     def read_some(self, count: int) -> list[Any]:
@@ -276,8 +272,7 @@ class Connection:
                 if not line:
                     raise LostConnectionError("the server does not speak the protocol of Valkey")
                 return line
-            self._data = self._data[self._position :] + self._receive(_RECEIVE)
-            self._position = 0
+            self.receive()
 
     def _take(self, size: int) -> bytes:
         stop = self._position + size
@@ -322,7 +317,6 @@ class Several:
         from selectors import DefaultSelector
 
         self._selector: Any = DefaultSelector()
-        self._connections: set[Connection] = set()
         self.deadline = inf
 
     def fileno(self) -> int:
@@ -333,7 +327,6 @@ class Several:
     def add(self, connection: Connection) -> None:
         """Wait for this one too."""
         self._selector.register(connection, 1)  # selectors.EVENT_READ
-        self._connections.add(connection)
         self.deadline = min(self.deadline, connection.deadline)
 
     def ready(self, until: float) -> list[Connection]:
@@ -342,12 +335,11 @@ class Several:
         events = self._selector.select(max(0.0, min(self.deadline, until) - monotonic()))
         if events or monotonic() < self.deadline:
             return [key.fileobj for key, _ in events]
-        return [*self._connections]
+        return [key.fileobj for key in self._selector.get_map().values()]
 
     def leave_out(self, connection: Connection) -> None:
         """Do not wait for this one any more."""
         self._selector.unregister(connection)
-        self._connections.discard(connection)
 
     def close(self) -> None:
         self._selector.close()
@@ -372,8 +364,6 @@ class QuickConnection(Connection):
 
     def _feed(self, data: bytes) -> None:
         self._reader.feed(data)
-
-    _take_in = _feed
 
     def read_some(self, count: int) -> list[Any]:
         next_reply = self._reader.gets
