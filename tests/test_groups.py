@@ -509,6 +509,22 @@ def test_a_step_that_breaks_down_leaves_nobody_waiting() -> None:
     assert "forgot an operation" in str(told["forgotten"])
 
 
+def test_no_group_is_larger_than_the_storage_wants_it() -> None:
+    sizes: list[int] = []
+
+    def work(operations: Sequence[Operation], settle: Settle) -> None:
+        sizes.append(len(operations))
+        settle_all(operations, settle)
+
+    storage = Announcing(work)
+    storage.largest_group = 10  # type: ignore[misc]
+    told: list[Any] = []
+    storage.dispatcher.submit_jobs([CallBack((commit(f"c{number}"),), told.append) for number in range(35)])
+    eventually(lambda: len(told) == 35)
+    assert sum(sizes) == 35
+    assert max(sizes) == 10
+
+
 def test_a_class_with_another_execute_is_not_carried_out_in_steps() -> None:
     class Counting(Stepping):
         calls = 0
