@@ -10,7 +10,7 @@ from itertools import count
 from math import inf
 
 from . import codec
-from .errors import StateAccessError
+from .errors import StateAccessError, StateConfigError
 from .keys import check_context_id, check_user_id
 from .operations import (
     LONGEST,
@@ -28,12 +28,11 @@ from .operations import (
     Window,
 )
 from .records import new_tuple
+from .storage.base import StateStorage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
-
-    from .storage.base import StateStorage
 
     R = TypeVar("R")
     CallerT = TypeVar("CallerT", bound="Caller")
@@ -127,7 +126,7 @@ class Caller:
             from .storage.memory import InMemoryStorage
 
             storage = InMemoryStorage()
-        self.storage = storage
+        self.storage = check_storage(storage)
         self.user_id = None if user_id is None else check_user_id(user_id)
         self._fences: dict[str, str] = {}
 
@@ -197,6 +196,19 @@ class Caller:
         if self.user_id is not None and user_id != self.user_id:
             raise StateAccessError(f"this context is bound to {self.user_id!r}, not {user_id!r}", context_id=context_id)
         return check_user_id(user_id)
+
+
+def check_storage(storage: Any) -> StateStorage:
+    """`storage`, if it is a storage object. Raises StateConfigError, for a name or a class too."""
+    if isinstance(storage, StateStorage):
+        return storage
+    if isinstance(storage, type):
+        advice = f"make an object of the class: {storage.__name__}(...)"
+    else:
+        name = storage if isinstance(storage, str) and storage.isidentifier() else "file"
+        manager = f"get_context_manager({name!r}"
+        advice = f"for a storage by its name use {manager}) or, for the blocking context, {manager}, blocking=True)"
+    raise StateConfigError(f"storage must be a storage object such as InMemoryStorage(), got {storage!r:.80}; {advice}")
 
 
 def check_commit_id(commit_id: Any) -> str:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from .caller import check_storage
 from .errors import StateConfigError
 from .operations import Append
 from .storage.base import StateStorage
@@ -51,7 +52,7 @@ def instrument(
     The providers default to the global ones. Instrumenting a storage again puts the new providers in the place of the
     old ones.
     """
-    storage = target if isinstance(target, StateStorage) else target.storage
+    storage = check_storage(getattr(target, "storage", target))
     storage.telemetry = Telemetry(storage, tracer_provider, meter_provider)
 
 

@@ -191,9 +191,11 @@ def stateful(
 def _check(settings: Settings) -> None:
     storage: Any = settings.storage
     if storage is not None and not isinstance(storage, str | StateStorage):
-        raise StateConfigError(f"storage is the name of a storage, or a StateStorage object, not {storage!r}")
+        raise StateConfigError(f"storage must be the name of a storage or a storage object, got {storage!r}")
     if isinstance(storage, StateStorage) and settings.options:
-        raise StateConfigError(f"{', '.join(settings.options)}: give this to the {type(storage).__name__} itself")
+        raise StateConfigError(
+            f"{', '.join(settings.options)}: pass this to the {type(storage).__name__} object instead"
+        )
     if settings.context_id is not None and not callable(settings.context_id):
         one_of("context_id", settings.context_id, SHARED_BY)
     if settings.user_id is not None and not callable(settings.user_id):
