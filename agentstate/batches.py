@@ -57,6 +57,11 @@ class Batch:
         self._open = True
         self._changes = []
 
+    def _check_no_context_id(self, last: object) -> None:
+        """Raise TypeError where the last argument is text: the arguments begin with a context id, as elsewhere."""
+        if isinstance(last, str):
+            raise TypeError(f"the methods of a batch take no context_id: its context is {self._context_id!r}")
+
     def _finish(self, failed: bool) -> Calls[None]:
         """Commit what was collected, unless the block failed."""
         self._open = False
@@ -67,6 +72,7 @@ class Batch:
         self, role: str, content: Any, metadata: Mapping[str, Any] | None = None, *, timestamp: str | None = None
     ) -> None:
         """Append a message."""
+        self._check_no_context_id(metadata)
         limit = self._caller.storage.max_value_bytes
         text = codec.message(role, content, metadata, timestamp, context_id=self._context_id, limit=limit)
         self._record(new_tuple(Append, ((text,),)))
@@ -99,6 +105,7 @@ class Batch:
 
     def increment_variable(self, key: str, by: float = 1) -> None:
         """Add to a variable. If it turns out to be no number, the whole batch is a StateConflictError."""
+        self._check_no_context_id(by)
         self._record(increment(self._caller, self._context_id, key, by))
 
     def set_metadata(self, key: str, value: Any) -> None:

@@ -240,7 +240,12 @@ def state_changes(self: Caller, context_id: str, fields: Mapping[str, Any]) -> l
 
 
 def message_texts(self: Caller, context_id: str, messages: Iterable[Mapping[str, Any]]) -> tuple[bytes, ...]:
-    """The stored forms of messages given as mappings."""
+    """The stored forms of messages given as mappings, dataclasses or models of pydantic."""
+    given: object = messages
+    if isinstance(given, Mapping | str) or not hasattr(given, "__iter__") or hasattr(given, "role"):
+        raise TypeError(
+            f"messages must be a list of messages, got {type(given).__name__}; put a single one into a list"
+        )
     limit = self.storage.max_value_bytes
     return tuple(
         codec.message_from_mapping(given, f"messages[{index}]", context_id=context_id, limit=limit)
@@ -251,9 +256,9 @@ def message_texts(self: Caller, context_id: str, messages: Iterable[Mapping[str,
 def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
     """The change that adds `by`. Raises TypeError or ValueError unless it is an integer or a finite float."""
     if isinstance(by, bool) or not isinstance(by, int | float):
-        raise TypeError(f"by is an integer or a float, not {type(by).__name__}")
+        raise TypeError(f"by must be an integer or a float, got {type(by).__name__}")
     if by != by or abs(by) == inf:  # not isfinite(): it fails for large integers
-        raise ValueError(f"by is finite, not {by!r}")
+        raise ValueError(f"by must be finite, got {by!r}")
     return Increment(codec.key(key, "key", context_id), self._encode(by, "by", context_id))
 
 

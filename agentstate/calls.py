@@ -278,14 +278,20 @@ def get_variable(
 ) -> Calls[Any]:
     """The value of a variable: the caller's own copy. `default` if the variable or the context does not exist.
 
-    `as_type`: a dataclass to decode it into, with dataclasses-json.
+    `as_type`: what to decode it into, a dataclass (dataclasses-json's settings hold), a model of pydantic, or anything
+    else that a dataclass's field may be annotated with. Raises StateSerializationError, with the path of the field,
+    where the stored value does not fit.
     """
     snapshot = yield self._query(context_id, variables=(codec.key(key, "key", context_id),))
     text = None if snapshot is None else snapshot.variables.get(key)
     if text is None:
         return default
     value = codec.decode(text)
-    return value if as_type is None else codec.decode_as(as_type, value)
+    if as_type is None:
+        return value
+    from .decoding import decode_as  # late: few need it
+
+    return decode_as(as_type, value, key, context_id=context_id)
 
 
 def get_variables(self: Caller, /, context_id: str) -> Calls[dict[str, Any]]:
@@ -350,7 +356,11 @@ def update_variable(
     for attempt in count(1):
         snapshot = yield self._query(context_id, variables=(name,))._replace(deadline=deadline)
         before = None if snapshot is None else snapshot.variables.get(name)
-        after = self._encode(function(codec.decode(fallback if before is None else before)), name, context_id)
+        value = function(codec.decode(fallback if before is None else before))
+        if hasattr(value, "__await__"):
+            getattr(value, "close", bool)()  # nobody will await it
+            raise TypeError("function must be a plain function, got an async one: await what it needs beforehand")
+        after = self._encode(value, name, context_id)
         commit = self._commit(context_id, commit_id, Put(Space.VARIABLES, ((name, after),)))
         outcome = yield commit._replace(expect=(name, before), answer=after, deadline=deadline, fresh=fresh)
         if outcome != CHANGED:
