@@ -9,6 +9,7 @@ outcomes come back to the loop together. A context belongs to no event loop: it 
 from __future__ import annotations
 
 import asyncio
+import sys
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
@@ -208,7 +209,7 @@ class AsyncTurn(Turn):
     _caller: ConversationContext
 
     async def __aenter__(self) -> AsyncTurn:
-        await self._caller._run(self._take())
+        await self._caller._run(self._take(sys._getframe(1)))
         return self
 
     async def __aexit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ from .storage.base import StateStorage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType
     from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
     R = TypeVar("R")
@@ -104,12 +106,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_process_id)
 
 
-class HeldTurn(NamedTuple):
-    """A turn that the running code is inside of."""
+_GENERATOR = 0x20 | 0x200  # of code objects: inspect.CO_GENERATOR, CO_ASYNC_GENERATOR
 
-    caller: Caller
-    context_id: str
-    token: str
+
+class HeldTurn:
+    """A turn whose block the running code is inside of, or was: tasks, and the callers of generators, inherit it.
+
+    `block` is the frame of the block; None when the turn has ended.
+    """
+
+    __slots__ = ("block", "caller", "context_id", "token")
+
+    def __init__(self, caller: Caller, context_id: str, token: str, block: FrameType) -> None:
+        self.caller = caller
+        self.context_id = context_id
+        self.token = token
+        self.block: FrameType | None = block
+
+    def is_running(self) -> bool:
+        """Whether this is called from inside the block, directly or through others."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.block:
+            frame = frame.f_back
+        return frame is not None
+
+    def is_left(self) -> bool:
+        """Whether the turn has ended, or its block is one of a generator whose caller is running instead."""
+        block = self.block
+        return block is None or (bool(block.f_code.co_flags & _GENERATOR) and not self.is_running())
 
 
 held_turns: ContextVar[tuple[HeldTurn, ...]] = ContextVar("agentstate_turns", default=())
@@ -150,7 +174,7 @@ class Caller:
         if token is not None:
             return token
         for turn in held_turns.get():
-            if turn.caller is self and turn.context_id == context_id:
+            if turn.caller is self and turn.context_id == context_id and turn.block is not None:
                 return turn.token
         return None
 

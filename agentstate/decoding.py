@@ -307,10 +307,10 @@ def _object(cls: type[Any], arguments: tuple[Any, ...], value: Any, bindings: Bi
 
 
 def _made(cls: type[Any], make: Callable[..., Any], *values: Any, **named: Any) -> Any:
-    """What a class makes of values, whose checks may refuse them in any way they like."""
+    """What a class makes of values, whose checks may refuse them; what is no refusal passes untouched."""
     try:
         return make(*values, **named)
-    except Exception as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         raise _MismatchError(f"{cls.__name__} refuses what is stored: {first}") from error
 
@@ -347,7 +347,12 @@ def _dataclass(cls: Any, arguments: tuple[Any, ...], value: Any, bindings: Bindi
     stored = {_stored_name(each.name, settings[each.name]): each for each in fields(cls)}
     given = {stored[name].name if name in stored else name: item for name, item in value.items()}
     if undefined := of_class.get("undefined"):
-        given = _made(cls, undefined.value.handle_from_dict, cls, given)
+        from dataclasses_json.undefined import UndefinedParameterError
+
+        try:
+            given = undefined.value.handle_from_dict(cls, given)
+        except UndefinedParameterError as error:
+            raise _MismatchError(f"{cls.__name__} refuses what is stored: {error}") from error
     else:
         _check_known(cls, given, settings, strict)
     hints = _hints(cls)

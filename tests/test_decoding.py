@@ -357,6 +357,23 @@ def test_what_does_not_fit_is_one_error_with_the_path_of_the_culprit(
     assert str(raised.value).startswith(f"{path}: {reason}")
 
 
+class TimeLimitError(Exception):
+    """As the handler of a signal raises it, anywhere."""
+
+
+@dataclass
+class Interrupted:
+    value: int
+
+    def __post_init__(self) -> None:
+        raise TimeLimitError
+
+
+def test_what_is_no_refusal_passes_untouched() -> None:
+    with pytest.raises(TimeLimitError):
+        decode_as(Interrupted, {"value": 1}, "x")
+
+
 def test_annotations_that_cannot_be_resolved_are_an_error_too() -> None:
     @dataclass
     class Local:
