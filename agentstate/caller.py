@@ -14,6 +14,7 @@ from . import codec
 from .errors import StateAccessError, StateConfigError
 from .keys import check_context_id, check_user_id
 from .operations import (
+    CHANGED,
     LONGEST,
     MOST,
     Append,
@@ -152,6 +153,7 @@ class Caller:
             storage = InMemoryStorage()
         self.storage = check_storage(storage)
         self.user_id = None if user_id is None else check_user_id(user_id)
+        self._tag = "" if user_id is None else _tag(user_id)
         self._fences: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -188,7 +190,7 @@ class Caller:
             (
                 context_id,
                 changes,
-                new_commit_id() if commit_id is None else check_commit_id(commit_id),
+                self._own_id(new_commit_id() if commit_id is None else check_commit_id(commit_id)),
                 self.user_id,
                 self._fence(context_id) if self._fences or held_turns.get() else None,
                 False,
@@ -199,6 +201,17 @@ class Caller:
                 commit_id is None,
             ),
         )
+
+    def _own_id(self, commit_id: str) -> str:
+        """The commit id as it is remembered, which is for each user apart: what a bound caller gives carries its tag.
+
+        An id that carries it already, such as that of an error, stays as it is.
+        """
+        return commit_id if commit_id.endswith(self._tag) else commit_id + self._tag
+
+    def _look_up(self, context_id: str, commit_id: str) -> Commit:
+        """An operation that answers as the remembered commit of that id did, and CHANGED where none is remembered."""
+        return self._commit(context_id, commit_id)._replace(answer=CHANGED)
 
     def _query(
         self,
@@ -220,6 +233,12 @@ class Caller:
         if self.user_id is not None and user_id != self.user_id:
             raise StateAccessError(f"this context is bound to {self.user_id!r}, not {user_id!r}", context_id=context_id)
         return check_user_id(user_id)
+
+
+def _tag(user_id: str) -> str:
+    from hashlib import sha256  # late: only bound contexts pay for OpenSSL
+
+    return "~" + sha256(user_id.encode()).hexdigest()[:16]
 
 
 def check_storage(storage: Any) -> StateStorage:

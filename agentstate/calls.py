@@ -131,6 +131,8 @@ def fork_context(
     """
     count_or_none("upto", upto)
     check_context_id(target)
+    if commit_id is not None and (yield self._look_up(target, commit_id)) != CHANGED:
+        return  # applied before; the source may be gone by now
     snapshot = yield self._query(source, variables=None, metadata=None, history=Window(before=upto))
     if snapshot is None:
         raise ContextNotFoundError(f"there is no context {source!r} to fork", context_id=source)
@@ -330,7 +332,7 @@ def increment_variable(
     An absent variable counts as 0. Raises StateConflictError if it is no number.
     """
     answer = yield self._commit(context_id, commit_id, increment(self, context_id, key, by))
-    return codec.decode(answer)
+    return _value(answer)
 
 
 def update_variable(
@@ -353,8 +355,14 @@ def update_variable(
     commit_id = new_commit_id() if commit_id is None else check_commit_id(commit_id)
     deadline = self._deadline()
     fallback = self._encode(default, "default", context_id)
+    query = self._query(context_id, variables=(name,))._replace(deadline=deadline)
     for attempt in count(1):
-        snapshot = yield self._query(context_id, variables=(name,))._replace(deadline=deadline)
+        if fresh:
+            snapshot = yield query
+        else:  # applied before, it answers as then, without another call of the function
+            applied, snapshot = yield InOrder((self._look_up(context_id, commit_id), query))
+            if applied != CHANGED:
+                return _value(applied)
         before = None if snapshot is None else snapshot.variables.get(name)
         value = function(codec.decode(fallback if before is None else before))
         if hasattr(value, "__await__"):
@@ -364,7 +372,7 @@ def update_variable(
         commit = self._commit(context_id, commit_id, Put(Space.VARIABLES, ((name, after),)))
         outcome = yield commit._replace(expect=(name, before), answer=after, deadline=deadline, fresh=fresh)
         if outcome != CHANGED:
-            return codec.decode(outcome)
+            return _value(outcome)
         if time.monotonic() > deadline:
             break
         if attempt > 2:  # the clock's last digits spread those who compete
@@ -439,6 +447,11 @@ def _messages(snapshot: Snapshot) -> list[Message]:
 
 def _decoded(texts: dict[str, bytes]) -> dict[str, Any]:
     return dict(zip(texts, codec.decode_all(texts.values()), strict=True)) if texts else {}
+
+
+def _value(answer: bytes) -> Any:
+    """What a commit answered; None where its id is that of a commit that had no answer."""
+    return codec.decode(answer) if answer else None
 
 
 def _boolean(answer: bytes) -> bool:

@@ -100,11 +100,26 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
 
 
 def decode(text: bytes) -> Any:
-    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other."""
+    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other.
+
+    Raises StateSerializationError where it holds an integer of more digits than this process reads.
+    """
     try:
         return _from_text(text.decode(), 0)[0]
     except StopIteration as nothing:  # which would end the generator that asks
         raise json.JSONDecodeError("Expecting value", text.decode(), nothing.value) from None
+    except ValueError as error:
+        check_digits(error)
+        raise
+
+
+def check_digits(error: ValueError) -> None:
+    """Raise StateSerializationError where JSON could not be read because of the process's limit for integers."""
+    if type(error) is ValueError:  # what is wrong with a text is a JSONDecodeError or UnicodeDecodeError
+        raise StateSerializationError(
+            f"a stored integer has more digits than this process reads ({sys.get_int_max_str_digits():,}): raise the "
+            f"limit by sys.set_int_max_str_digits({MAX_INTEGER_DIGITS})"
+        ) from error
 
 
 def decode_all(texts: Collection[bytes]) -> list[Any]:

@@ -11,7 +11,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentstate import StateSerializationError, SyncConversationContext
+from agentstate import InMemoryStorage, StateOutcomeUnknownError, StateSerializationError, SyncConversationContext
+from agentstate.operations import Commit
 
 
 @dataclass
@@ -84,3 +85,29 @@ def test_the_function_of_update_variable_is_a_plain_one(context: SyncConversatio
             context.update_variable("a", "k", function)
         gc.collect()
     assert not context.exists("a")
+
+
+class Silent(InMemoryStorage):
+    """Carries every commit out and does not answer the first one."""
+
+    answers = False
+
+    def execute(self, operations: Any, settle: Any) -> None:
+        def answer(index: int, outcome: Any) -> None:
+            if not self.answers and isinstance(operations[index], Commit):
+                self.answers = True
+                outcome = StateOutcomeUnknownError("no answer", commit_id=operations[index].commit_id)
+            settle(index, outcome)
+
+        super().execute(operations, answer)
+
+
+@pytest.mark.parametrize("user", [None, "alice"])
+@pytest.mark.parametrize("commit_id", [None, "order-1"])
+def test_the_commit_id_of_an_error_is_that_of_the_same_call(user: str | None, commit_id: str | None) -> None:
+    context = SyncConversationContext(Silent(), user_id=user)
+    with pytest.raises(StateOutcomeUnknownError) as raised:
+        context.increment_variable("a", "n", 5, commit_id=commit_id)
+    assert context.increment_variable("a", "n", 5, commit_id=raised.value.commit_id) == 5
+    if commit_id is not None:
+        assert context.increment_variable("a", "n", 5, commit_id=commit_id) == 5
