@@ -10,6 +10,7 @@ from itertools import count
 from math import inf
 
 from . import codec
+from .engine import engine_of
 from .errors import StateAccessError
 from .keys import check_context_id, check_user_id
 from .operations import (
@@ -128,6 +129,7 @@ class Caller:
 
             storage = InMemoryStorage()
         self.storage = storage
+        self._engine = engine_of(storage)
         self.user_id = None if user_id is None else check_user_id(user_id)
         self._fences: dict[str, str] = {}
 

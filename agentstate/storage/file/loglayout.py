@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
-from ..jobs import at_once, delays_others, held_up, under_way
-from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access
 from .filesystem import can_sync_all, unavailable
@@ -127,7 +125,7 @@ class LogLayout:
     # --- operations
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
-        if len(operations) > 1 or delays_others(settle):
+        if len(operations) > 1:
             self._execute_group(operations, settle)
             return
         outcome: Outcome | StateError
@@ -279,7 +277,7 @@ class LogLayout:
             unit.indexes.append(index)
             unit.operations.append(operation)
         waiting: dict[FileLock, list[_Unit]] = {}
-        with at_once(settle):
+        if True:
             for context_id, unit in units.items():
                 if all(isinstance(operation, Query) for operation in unit.operations):
                     unit.outcomes = [_outcome_of(self.outcome_of, operation) for operation in unit.operations]
@@ -289,8 +287,6 @@ class LogLayout:
                 waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
         try:
             if waiting:
-                if not self.access.is_open:
-                    held_up(settle)
                 self.access.open(min(unit.operations[0].deadline for units in waiting.values() for unit in units))
         except StateError as error:
             for unit in (unit for units in waiting.values() for unit in units):
@@ -304,7 +300,6 @@ class LogLayout:
                 continue
             # All that is left is held by others: wait for whatever comes free first, holding nothing meanwhile.
             pause = min(pause * 1.5 + _PAUSE, 0.01)
-            held_up(settle)
             time.sleep(pause)
             self._give_up_late(waiting, settle)
 
@@ -329,8 +324,6 @@ class LogLayout:
                     self._take_in(unit)
                 if len(units) >= self._most_open // 2:
                     break
-            if self.durable:
-                under_way(settle)
             self._flush_units(units)
         except BaseException:  # images may be ahead of their files, or behind them
             for unit in units:
@@ -344,7 +337,7 @@ class LogLayout:
                     unit.log.lock.release()
             for lock in held:
                 lock.release()
-        with at_once(settle):
+        if True:
             for unit in units:
                 unit.settle_all(settle)
         return bool(held)
@@ -622,7 +615,6 @@ def _lock(log: LogFile, deadline: float) -> bool:
 
 
 def _sync_regularly(layout: weakref.ref[LogLayout], stop: threading.Event) -> None:
-    Seat().move(ANYWHERE)  # the thread that started this one may have been kept near another
     while not stop.wait(_SYNC_EVERY) and _sync_now(layout):
         pass
 
