@@ -41,7 +41,7 @@ def _driven(call: Callable[Concatenate[Any, P], Calls[R]]) -> Call[P, Coroutine[
                 try:
                     kind = type(step)
                     if storage.blocking and (kind is Commit or kind is Query):  # for speed alone: nearly all steps are
-                        job = awaited(engine, (step,))
+                        job = awaited(engine, (step,))  # type: ignore[arg-type]
                         try:
                             await job.future
                         except BaseException as error:

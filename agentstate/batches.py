@@ -22,12 +22,12 @@ from .caller import (
     put,
     state_changes,
 )
+from .engine import CallBack
+from .engine.renewal import keep_renewing
 from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
 from .records import new_tuple
-from .engine import CallBack
-from .engine.renewal import keep_renewing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.telemetry",),
     ("agentstate.batches", "agentstate.calls", "agentstate.calllog"),
     ("agentstate.caller",),
+    ("agentstate.engine",),
     ("agentstate.storage",),
     ("agentstate.storage.resolve",),
     ("agentstate.codec", "agentstate.keys", "agentstate.operations", "agentstate.urls"),

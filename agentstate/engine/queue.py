@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from logging import getLogger
 from queue import Empty, SimpleQueue
@@ -38,6 +38,9 @@ class Job:
     """
 
     __slots__ = ("behind", "done", "first", "key", "lane", "left", "operations", "outcomes", "running")
+
+    first: int
+    """The index of its first operation in its group."""
 
     lane: _Lane
 
@@ -256,24 +259,6 @@ class Engine:
             lane.requested = True  # afterwards: an interrupt in between costs one request too many, but no job
             self._start_threads()
 
-    def _start_threads(self) -> None:
-        """As many as there are requests that no idle one is left for."""
-        while len(self._threads) - len(self._serving) < sum(lane.requested for lane in self._lanes.values()):
-            thread = threading.Thread(
-                target=_work, args=(weakref.ref(self), self._requests), name="agentstate-worker", daemon=True
-            )
-            self._threads.add(thread)
-            try:
-                thread.start()
-            except BaseException as error:
-                if not thread.is_alive():
-                    self._threads.discard(thread)
-                if not isinstance(error, RuntimeError):
-                    raise
-                if not self._threads:  # too many threads, too little memory, or the interpreter ends
-                    self._refuse_all(error)
-                return
-
     def _refuse_all(self, cause: RuntimeError) -> None:
         """Give all that waits back as not done, for there is nobody to do it."""
         for lane in self._lanes.values():
@@ -298,16 +283,35 @@ class Engine:
 
     def _end_of_run(self, oldest: Job) -> None:
         """Nothing of its context is running any more. The next job, if there is one, stands for the context."""
-        oldest.running = 0
-        behind = oldest.behind
+        # In an order that leaves an exception in between without harm: it is then done once more.
+        lane, behind = oldest.lane, oldest.behind
         if behind:
-            job = behind.pop(0)
-            job.lane, job.behind = oldest.lane, behind
+            job = behind[0]
+            job.lane, job.behind = lane, behind[1:]
+            lane.ready.append(job)
             self._contexts[job.key] = job
-            job.lane.ready.append(job)
         elif self._contexts.pop(oldest.key, None) and not self._contexts:
             self._look_whether_drained()
-        self._request(oldest.lane)
+        oldest.running = 0
+        self._request(lane)
+
+    def _start_threads(self) -> None:
+        """As many as there are requests that no idle one is left for."""
+        while len(self._threads) - len(self._serving) < sum(lane.requested for lane in self._lanes.values()):
+            thread = threading.Thread(
+                target=_work, args=(weakref.ref(self), self._requests), name="agentstate-worker", daemon=True
+            )
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except BaseException as error:
+                if not thread.is_alive():
+                    self._threads.discard(thread)
+                if not isinstance(error, RuntimeError):
+                    raise
+                if not self._threads:  # too many threads, too little memory, or the interpreter ends
+                    self._refuse_all(error)
+                return
 
     def _look_whether_drained(self) -> None:
         if self._is_drained():
@@ -316,11 +320,39 @@ class Engine:
     def _is_drained(self) -> bool:
         return not self._contexts and not any(lane.running for lane in self._lanes.values())
 
+    # --- the following are called by worker threads, without it ---
+
+    def _serve(self, lane: _Lane) -> None:
+        """Carry out one group of the lane after the other, until nothing waits."""
+        thread = threading.current_thread()
+        with self._lock:
+            self._serving.add(thread)
+            lane.requested = False
+        while _Group(self, lane, thread).run():
+            pass
+        with self._lock:
+            self._serving.discard(thread)
+        if self._refused:
+            self._deliver_refused()
+
+    def _end_worker(self, thread: threading.Thread) -> None:
+        """The thread ends, or failed at whatever line. Others do what is left."""
+        with self._lock:
+            self._threads.discard(thread)
+            self._serving.discard(thread)
+            for lane in self._lanes.values():
+                lane.running -= {group for group in lane.running if type(group) is _Group and group.thread is thread}
+                lane.requested = False
+                self._request(lane)
+            self._look_whether_drained()
+        self._deliver_refused()
+
 
 class _Group:
     """Jobs that are carried out together: those of all contexts of a lane that are ready, up to a limit."""
 
-    def __init__(self, engine: Engine, lane: _Lane) -> None:
+    def __init__(self, engine: Engine, lane: _Lane, thread: threading.Thread) -> None:
+        self.thread = thread
         self._engine = engine
         self._lane = lane
         self._oldest: list[Job] = []  # those that stand for their contexts
@@ -340,6 +372,7 @@ class _Group:
                 self._execute()
         except BaseException as error:  # noqa: BLE001 - those who wait learn of it, and the worker goes on
             self._recover(error)
+            return True
         finally:
             with self._engine._lock:
                 self._lane.running.discard(self)
@@ -368,18 +401,19 @@ class _Group:
         jobs = self._jobs
         most = engine.storage.largest_group
         while lane.ready and len(jobs) < most:
-            oldest = lane.ready.popleft()
-            if engine._contexts.get(oldest.key) is not oldest or oldest.running:
-                continue  # it was withdrawn
-            self._oldest.append(oldest)
-            jobs.append(oldest)
-            oldest.running = 1
-            behind = oldest.behind
-            if behind:
-                some = behind[: most - len(jobs)]
-                jobs += some
-                oldest.running += len(some)
-                del behind[: len(some)]
+            oldest = lane.ready[0]
+            if engine._contexts.get(oldest.key) is oldest and not oldest.running:  # else it was withdrawn
+                self._oldest.append(oldest)
+                behind = oldest.behind
+                if behind:
+                    some = behind[: most - len(jobs)]
+                    jobs += (oldest, *some)
+                    oldest.running = 1 + len(some)
+                    del behind[: len(some)]
+                else:
+                    jobs.append(oldest)
+                    oldest.running = 1
+            lane.ready.popleft()
         engine._request(lane)
 
     def _execute(self) -> None:
@@ -432,14 +466,16 @@ class _Group:
                 self.settle(index, abandoned(self._engine.storage, self._operations[index], failure))
 
     def _recover(self, failure: BaseException) -> None:
-        """After a defect of the backend, or an exception anywhere in this class (no memory, for example)."""
+        """After a defect of the backend, or an exception at whatever line of this class (no memory, for example)."""
+        engine = self._engine
+        mine = set(self._jobs)
+        with engine._lock:
+            self._count_anew(mine)
         try:
-            if len(self._outcomes) < len(self._jobs):
+            if len(self._outcomes) < len(mine):
                 self._prepare()
             self._abandon(failure)
         finally:
-            # What the exception may have left half-done in this class itself.
-            engine = self._engine
             with engine._lock:
                 for oldest in self._oldest:
                     if oldest.running and engine._contexts.get(oldest.key) is oldest:
@@ -448,6 +484,14 @@ class _Group:
                 if not job.done:
                     job.outcomes = self._outcomes[job.first : job.first + len(job.operations)]
                     _deliver(job)
+
+    def _count_anew(self, mine: set[Job]) -> None:
+        """Make what the queue knows of the group's contexts agree with its jobs. With the lock held."""
+        left = Counter(job.key for job in mine if not job.done)
+        for oldest in self._oldest:
+            if self._engine._contexts.get(oldest.key) is oldest:
+                oldest.running = left[oldest.key]
+                oldest.behind = [job for job in oldest.behind or () if job not in mine]
 
 
 def engine_of(storage: StateStorage) -> Engine:
@@ -464,43 +508,40 @@ def _key_of(first: Operation) -> Hashable:
 
 
 def _deliver(job: Job) -> None:
-    try:
-        job.deliver()
-    except Exception:
-        _logger.exception("an outcome could not be delivered")
+    for _ in range(2):  # it may have been for want of memory
+        try:
+            job.deliver()
+        except Exception:
+            _logger.exception("an outcome could not be delivered")
+        else:
+            return
 
 
 def _work(reference: weakref.ref[Engine], requests: SimpleQueue[_Lane | None]) -> None:
     """What a worker thread does. While it waits it does not keep the storage alive."""
-    thread = threading.current_thread()
-    while True:
-        lane: _Lane | None = None
-        try:
-            lane = requests.get(timeout=IDLE_SECONDS)
-        except Empty:
-            pass
-        engine = reference()
-        if engine is None:
-            return
-        with engine._lock:
-            if lane is None:
-                engine._threads.discard(thread)
-                engine._start_threads()  # if it was needed, after all
+    try:
+        while True:
+            lane = _next_request(requests)
+            engine = reference()
+            if engine is None:
                 return
-            engine._serving.add(thread)
-            lane.requested = False
-        try:
-            while _Group(engine, lane).run():
-                pass
-        except BaseException:
-            _logger.exception("a worker of %r failed", engine.storage)
-        finally:
-            with engine._lock:
-                engine._serving.discard(thread)
-                engine._request(lane)
-            if engine._refused:
-                engine._deliver_refused()
-        del engine
+            if lane is None:
+                engine._end_worker(threading.current_thread())
+                return
+            engine._serve(lane)
+            del engine
+    except BaseException:
+        engine = reference()
+        if engine is not None:
+            engine._end_worker(threading.current_thread())
+        _logger.exception("a worker thread failed, and is replaced")
+
+
+def _next_request(requests: SimpleQueue[_Lane | None]) -> _Lane | None:
+    try:
+        return requests.get(timeout=IDLE_SECONDS)
+    except Empty:
+        return None
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

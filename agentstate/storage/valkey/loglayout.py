@@ -20,7 +20,7 @@ looked up only where they may be known; the hash's ``guard`` says until when cop
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
@@ -18,7 +18,6 @@ from .url import Address, check_options, read_url
 from .wire import Connection, ServerError
 
 if TYPE_CHECKING:
-    from ..base import Answering
     from ..statistics import StorageStatistics
 
 _logger = logging.getLogger("agentstate.storage.valkey")
@@ -46,7 +45,6 @@ class ValkeyStorage(StateStorage):
     Times, ttl and cleanup go by the server's clock. Connects at the first operation. Raises StateConfigError.
     """
 
-    #shares = 2
     largest_group = 512
 
     def __init__(
