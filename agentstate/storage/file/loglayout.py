@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Query
 from ..base import Settle, check_deadline, now_microseconds
-from ..jobs import at_once, delays_others, held_up, under_way
-from ..processors import ANYWHERE, Seat
 from ..resolve import check_owner
 from .access import Access
 from .filesystem import can_sync_all, unavailable
@@ -127,17 +125,17 @@ class LogLayout:
     # --- operations
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
-        if len(operations) > 1 or delays_others(settle):
+        if len(operations) > 1:
             self._execute_group(operations, settle)
             return
         outcome: Outcome | StateError
         try:
-            outcome = self.outcome_of(operations[0])
+            outcome = self.execute_one(operations[0])
         except StateError as error:
             outcome = error
         settle(0, outcome)
 
-    def outcome_of(self, operation: Operation) -> Outcome:
+    def execute_one(self, operation: Operation) -> Outcome:
         """`execute` for one operation, whose error is raised."""
         if time.monotonic() >= operation.deadline:
             check_deadline(operation)
@@ -279,18 +277,15 @@ class LogLayout:
             unit.indexes.append(index)
             unit.operations.append(operation)
         waiting: dict[FileLock, list[_Unit]] = {}
-        with at_once(settle):
-            for context_id, unit in units.items():
-                if all(isinstance(operation, Query) for operation in unit.operations):
-                    unit.outcomes = [_outcome_of(self.outcome_of, operation) for operation in unit.operations]
-                    unit.settle_all(settle)
-                    continue
-                unit.found = log = self.log_of(context_id)
-                waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
+        for context_id, unit in units.items():
+            if all(isinstance(operation, Query) for operation in unit.operations):
+                unit.outcomes = [_outcome_of(self.execute_one, operation) for operation in unit.operations]
+                unit.settle_all(settle)
+                continue
+            unit.found = log = self.log_of(context_id)
+            waiting.setdefault(log.file_lock or self._lock_of(log), []).append(unit)
         try:
             if waiting:
-                if not self.access.is_open:
-                    held_up(settle)
                 self.access.open(min(unit.operations[0].deadline for units in waiting.values() for unit in units))
         except StateError as error:
             for unit in (unit for units in waiting.values() for unit in units):
@@ -304,14 +299,13 @@ class LogLayout:
                 continue
             # All that is left is held by others: wait for whatever comes free first, holding nothing meanwhile.
             pause = min(pause * 1.5 + _PAUSE, 0.01)
-            held_up(settle)
             time.sleep(pause)
             self._give_up_late(waiting, settle)
 
     def _round(self, waiting: dict[FileLock, list[_Unit]], settle: Settle) -> bool:
         """Commit what can be locked without waiting, up to a number of files. Whether there was any."""
-        held: list[FileLock] = []
-        units: list[_Unit] = []
+        held: dict[FileLock, list[_Unit]] = {}
+        files = 0
         self.folder.look_at_names()
         try:
             for lock in list(waiting):
@@ -323,31 +317,51 @@ class LogLayout:
                         unit.fail_all(error)
                         unit.settle_all(settle)
                     continue
-                held.append(lock)
-                for unit in waiting.pop(lock):
-                    units.append(unit)
+                held[lock] = waiting.pop(lock)
+                for unit in held[lock]:
                     self._take_in(unit)
-                if len(units) >= self._most_open // 2:
+                files += len(held[lock])
+                if files >= self._most_open // 2:
                     break
-            if self.durable:
-                under_way(settle)
-            self._flush_units(units)
-        except BaseException:  # images may be ahead of their files, or behind them
-            for unit in units:
-                if unit.log is not None:
-                    unit.log.forget()
-            raise
+            any_held = bool(held)
+            self._flush_and_settle(held, settle)
+            return any_held
         finally:
+            for lock, units in held.items():  # after an exception: images may be ahead of their files, or behind them
+                for unit in units:
+                    if unit.log is not None:
+                        unit.log.forget()
+                self._let_go(lock, units)
+
+    def _flush_and_settle(self, held: dict[FileLock, list[_Unit]], settle: Settle) -> None:
+        """Flush the files that were written to, and settle the operations on each as soon as it is done."""
+        unflushed: set[_Unit] = set()
+        if self.durable:
+            written = [unit for units in held.values() for unit in units]
+            unflushed.update(unit for unit in written if unit.log is not None and not unit.log.is_flushed())
+            if self._is_flushed_at_once(unflushed):
+                unflushed.clear()
+        spent = 0.0
+        for lock, units in list(held.items()):
             for unit in units:
-                if unit.log is not None:
-                    self._keep(unit.log)
-                    unit.log.lock.release()
-            for lock in held:
-                lock.release()
-        with at_once(settle):
+                if unit in unflushed:
+                    begun = time.monotonic()
+                    self._flush_unit(unit)
+                    spent += time.monotonic() - begun
+                self._after_flush(unit)
+            del held[lock]
+            self._let_go(lock, units)
             for unit in units:
                 unit.settle_all(settle)
-        return bool(held)
+        if len(unflushed) > 1:
+            self._flushing.took_each(spent / len(unflushed))
+
+    def _let_go(self, lock: FileLock, units: list[_Unit]) -> None:
+        for unit in units:
+            if unit.log is not None:
+                self._keep(unit.log)
+                unit.log.lock.release()
+        lock.release()
 
     def _give_up_late(self, waiting: dict[FileLock, list[_Unit]], settle: Settle) -> None:
         now = time.monotonic()
@@ -410,34 +424,32 @@ class LogLayout:
         except StateError as error:
             _make_unknown(unit, error)
 
-    def _flush_units(self, units: list[_Unit]) -> None:
-        if self.durable:
-            self._flush_durably([unit for unit in units if unit.log is not None and not unit.log.is_flushed()])
-        for unit in units:
-            log = unit.log
-            if log is not None and log.image is not None and unit.written:
-                if self.lazy:
-                    self._sync_later(log)
-                if log.image.log_end >= log.image.rewrite_due and log.image.wants_rewriting():
-                    self._rewrite(log)
+    def _flush_unit(self, unit: _Unit) -> None:
+        assert unit.log is not None
+        try:
+            self._flush(unit.log, unit.written)
+        except StateError as error:
+            _make_unknown(unit, error)
 
-    def _flush_durably(self, units: list[_Unit]) -> None:
-        begun = time.monotonic()
+    def _after_flush(self, unit: _Unit) -> None:
+        log = unit.log
+        if log is not None and log.image is not None and unit.written:
+            if self.lazy:
+                self._sync_later(log)
+            if log.image.log_end >= log.image.rewrite_due and log.image.wants_rewriting():
+                self._rewrite(log)
+
+    def _is_flushed_at_once(self, units: set[_Unit]) -> bool:
+        """Flush the file system instead of each file, where that is quicker; whether it was done."""
         devices = {unit.log.identity[0] for unit in units if unit.log is not None and unit.log.identity is not None}
-        if self._flushing.all_at_once(len(units)) and self.folder.holds_all_of(devices):
-            self._flush_all_at_once(units)
-            self._flushing.took_at_once(time.monotonic() - begun)
-            return
-        for unit in units:
-            assert unit.log is not None
-            try:
-                self._flush(unit.log, unit.written)
-            except StateError as error:
-                _make_unknown(unit, error)
-        if len(units) > 1:
-            self._flushing.took_each((time.monotonic() - begun) / len(units))
+        if not (self._flushing.all_at_once(len(units)) and self.folder.holds_all_of(devices)):
+            return False
+        begun = time.monotonic()
+        self._flush_all_at_once(units)
+        self._flushing.took_at_once(time.monotonic() - begun)
+        return True
 
-    def _flush_all_at_once(self, units: list[_Unit]) -> None:
+    def _flush_all_at_once(self, units: set[_Unit]) -> None:
         folder = self.folder
         number = folder.begin_sync()
         try:
@@ -622,7 +634,6 @@ def _lock(log: LogFile, deadline: float) -> bool:
 
 
 def _sync_regularly(layout: weakref.ref[LogLayout], stop: threading.Event) -> None:
-    Seat().move(ANYWHERE)  # the thread that started this one may have been kept near another
     while not stop.wait(_SYNC_EVERY) and _sync_now(layout):
         pass
 

@@ -63,9 +63,8 @@ class FileStorage(StateStorage):
         access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
-            self.says_when_under_way = True
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
-            self._one = self._layout.outcome_of
+            self._one = self._layout.execute_one
         else:
             from .documents import DocumentFiles
 
@@ -100,10 +99,12 @@ class FileStorage(StateStorage):
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}
 
-    def _outcome_of(self, operation: Operation) -> Outcome:
+    def execute_one(self, operation: Operation) -> Outcome:
         if self.closed:
             self.check_open()
         return self._one(operation)
+
+    _outcome_of = execute_one
 
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""
