@@ -94,7 +94,7 @@ class FileStorage(StateStorage):
         from dataclasses import replace
 
         on_contexts = sum(counted.operations.values()) - counted.operations["listing"]
-        return replace(counted, cache=self._layout.cache(on_contexts))
+        return replace(counted, cache=self._layout.cache_statistics(on_contexts))
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}

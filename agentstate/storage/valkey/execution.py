@@ -18,7 +18,7 @@ from ...errors import (
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
 from ..crew import PATIENCE
-from ..document import Document, parse_document
+from ..documentformat import Document, parse_document
 from ..jobs import at_once, held_up, under_way
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses
