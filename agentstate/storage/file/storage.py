@@ -64,7 +64,7 @@ class FileStorage(StateStorage):
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
-            self._one = self._layout.outcome_of
+            self._one = self._layout.execute_one
         else:
             from .documents import DocumentFiles
 
@@ -94,7 +94,7 @@ class FileStorage(StateStorage):
         from dataclasses import replace
 
         on_contexts = sum(counted.operations.values()) - counted.operations["listing"]
-        return replace(counted, cache=self._layout.cache(on_contexts))
+        return replace(counted, cache=self._layout.cache_statistics(on_contexts))
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}

@@ -17,7 +17,7 @@ from ...errors import (
     TurnLostError,
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
-from ..document import Document, parse_document
+from ..documentformat import Document, parse_document
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses
 from .nodes import ASKING, Pool, takes_over

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...keys import KeySpace
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Page, Query
-from ..document import parse_document
+from ..documentformat import parse_document
 from .execution import Execution
 from .failures import repeat
 from .listing import Listed, chosen, scan_page
