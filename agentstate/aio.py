@@ -8,6 +8,7 @@ threads and across many `asyncio.run` calls.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -208,7 +209,7 @@ class AsyncTurn(Turn):
     _caller: ConversationContext
 
     async def __aenter__(self) -> AsyncTurn:
-        await self._caller._run(self._take())
+        await self._caller._run(self._take(sys._getframe(1)))
         return self
 
     async def __aexit__(

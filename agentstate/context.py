@@ -6,6 +6,7 @@ This module is also what AgentUp's ``context`` module is ported to: `Conversatio
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -181,7 +182,7 @@ class SyncTurn(Turn):
     _caller: SyncConversationContext
 
     def __enter__(self) -> SyncTurn:
-        self._caller._run(self._take())
+        self._caller._run(self._take(sys._getframe(1)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -270,7 +270,7 @@ def test_without_click_it_says_how_to_get_it(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "agentstate: the command line needs click and rich: pip install 'agentstate[cli]'\n"
+    assert done.stderr == "agentstate: the command line needs click and rich: pip install click rich\n"
 
 
 def test_importing_the_package_does_not_import_click() -> None:

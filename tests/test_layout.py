@@ -30,7 +30,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.storage.resolve",),
     ("agentstate.codec", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
     ("agentstate.state",),
-    ("agentstate.errors", "agentstate.records"),
+    ("agentstate.errors", "agentstate.records", "agentstate.version"),
 )
 
 # These hand out names of modules that stand above them, loaded on first use: what they import for that,

@@ -119,9 +119,13 @@ def test_a_turn_cancelled_in_the_queue_leaves_the_holder_alone(storage: Waiting)
         context = ConversationContext(storage)
         other = ConversationContext(storage)
         async with context.turn("a") as turn:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05), other.turn("a"):
+
+            async def wait() -> None:
+                async with other.turn("a"):
                     pytest.fail("the turn is held by another")
+
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.create_task(wait()), 0.05)
             turn.set_variable("x", 1)
         assert await context.get_variables("a") == {"x": 1}
         assert storage.free()

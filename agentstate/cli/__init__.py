@@ -1,6 +1,6 @@
 """The command `agentstate`: look after conversations from a terminal or a script.
 
-`main` is the console script. It stands without click and rich, which come with the extra `cli`, and says so where
+`main` is the console script. It stands without click and rich, and says how to install them where
 they are missing. `app` puts the commands together and turns every failure into one line and an exit code; `store` is
 the options that choose a storage; `console` is how things are shown. The other modules are one group of commands each.
 """
@@ -31,7 +31,7 @@ def main() -> int:
 def _run() -> int:
     missing = [name for name in ("click", "rich") if find_spec(name) is None]
     if missing:
-        text = f"agentstate: the command line needs {' and '.join(missing)}: pip install 'agentstate[cli]'"
+        text = f"agentstate: the command line needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         print(text, file=sys.stderr)
         return exits.USAGE
     from .app import run

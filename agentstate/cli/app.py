@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from ..errors import StateConfigError, StateError
+from ..version import __version__
 from . import chat, completion, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
 from .completion import COMPLETION_VARIABLE
 from .console import fail, give_up, help_if_alone, prepare_streams
-from .version import own_version
 
 _NAME = "agentstate"
 
@@ -28,7 +28,7 @@ _EXIT_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exits.MEA
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=f"\b\nExit codes:\n{_EXIT_CODES}",
 )
-@click.version_option(own_version(), message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("-v", "--verbose", count=True, help="Log what is done to stderr; twice for every operation.")
 @click.pass_context
 def cli(context: click.Context, verbose: int) -> None:

@@ -17,12 +17,12 @@ from ..operations import Query, Snapshot
 from ..registry import read_config
 from ..storage.base import StateStorage
 from ..transfer import pages_of_ids, read_contexts
+from ..version import __version__
 from . import console, exits
 from .doctor_file import look_at_folder
 from .doctor_valkey import advice_on_connecting, look_at_servers
 from .findings import Finding, note, ok, problem, warning
 from .store import Place, chosen_place, json_option, store_options_unread, use_config
-from .version import own_version
 
 _PROBES: Final = 20
 _SLOW: Final = 0.25  # seconds
@@ -94,7 +94,7 @@ def _print(finding: Finding) -> None:
 
 
 def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
-    yield ok("version", f"agentstate {own_version()}, Python {sys.version.split()[0]} on {sys.platform}")
+    yield ok("version", f"agentstate {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
     try:
         use_config(chosen["config_file"])
         config = read_config()

@@ -18,9 +18,9 @@ from .store import store_options_unread
 _INTRODUCTION = """\
 # Command line
 
-`agentstate` looks after conversations from a terminal or a script. It comes with the extra `cli`:
+`agentstate` looks after conversations from a terminal or a script. It needs two packages (the extra `cli`):
 
-    pip install 'agentstate[cli]'
+    pip install click rich
 
 Every command uses the storage that [the configuration file](configuration.md) names, unless its options choose another:
 `--config FILE` reads another file; `--url` means Valkey and `--storage-dir` files, `--storage NAME` any storage;

@@ -76,7 +76,12 @@ class StateStorage(ABC):
         max_history: int | None = None,
         max_value_bytes: int = MAX_VALUE_BYTES,
         deadline: float = 5.0,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            from .options import unknown_option  # late: only an error needs it
+
+            raise unknown_option(type(self), next(iter(unknown)))
         self.ttl = None if ttl is None else positive_seconds("ttl", ttl)
         self.max_history = None if max_history is None else positive_integer("max_history", max_history)
         self.max_value_bytes = positive_integer("max_value_bytes", max_value_bytes)

@@ -15,7 +15,7 @@ from math import isfinite
 from typing import Any, Final, NoReturn, TypeVar
 from zlib import crc32
 
-from ..codec import MAX_DEPTH, decode
+from ..codec import MAX_DEPTH, check_digits, decode
 from ..errors import StateConflictError, StateCorruptedError
 from ..operations import REMEMBER_CLEARED, Commit, Lease, Outcome, Query
 from ..state import from_microseconds, parse_time, to_microseconds
@@ -192,7 +192,11 @@ def document_id(data: bytes) -> str:
 
 
 def _fields(data: bytes) -> dict[str, Any]:
-    return _mapping(_decode(data.decode()), "the document")
+    try:
+        return _mapping(_decode(data.decode()), "the document")
+    except ValueError as error:
+        check_digits(error)
+        raise
 
 
 def _document(fields: dict[str, Any], context_id: str, data: bytes) -> Document:

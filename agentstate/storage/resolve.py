@@ -182,10 +182,10 @@ def resolve(
     `lease` is the token that holds the context's turn now. Call `image.expire(now)` first. Raises StateAccessError,
     TurnLostError or StateConflictError; changes nothing itself.
     """
+    check_owner(image, commit.user, commit.context_id)
     remembered = image.commits.get(commit.commit_id)
     if remembered is not None:
         return _answer_again(remembered, commit)
-    check_owner(image, commit.user, commit.context_id)
     if commit.fence is not None and commit.fence != lease:
         raise TurnLostError(
             f"the turn on {commit.context_id!r} lost its lease; nothing was changed", context_id=commit.context_id
@@ -377,7 +377,8 @@ class _Resolution:
 
     def own(self, change: Own) -> None:
         self.touched = True
-        self.effects.user_id = change.user_id
+        if self.commit.user is None or (self.image.exists and not self.effects.deletes):
+            self.effects.user_id = change.user_id  # else a bound caller makes the context, and owns what it makes
 
     def append(self, change: Append) -> None:
         self.touched = True
