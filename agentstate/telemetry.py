@@ -25,7 +25,7 @@ try:
     from opentelemetry import metrics, trace
     from opentelemetry.metrics import CallbackOptions, Observation
 except ImportError as error:
-    raise StateConfigError("telemetry needs the package opentelemetry-api: pip install 'agentstate[otel]'") from error
+    raise StateConfigError("telemetry needs the package opentelemetry-api: pip install opentelemetry-api") from error
 
 if TYPE_CHECKING:
     from .caller import Caller

@@ -130,7 +130,7 @@ class StateConfig:
     telemetry: bool | None = _option(
         BOOLEAN,
         EVERY,
-        "Emit spans and metrics with OpenTelemetry (`pip install 'agentstate[otel]'`).",
+        "Emit spans and metrics with OpenTelemetry (`pip install opentelemetry-api`).",
         default=False,
         mistaken=("otel", "opentelemetry", "tracing", "metrics"),
     )
