@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast, overload
 
 from .config import StateConfig, load_config
-from .config.model import BACKENDS, KEYS, known_to
+from .config.model import BACKENDS, KEYS, OTHER_BACKEND_NAMES, known_to
 from .context import SyncConversationContext
 from .errors import StateConfigError
 from .storage.base import StateStorage
@@ -77,7 +78,7 @@ def _from_entry_point(name: str) -> type[StateStorage]:
 
     points = {point.value: point for point in entry_points(group=ENTRY_POINTS, name=name)}
     if not points:
-        raise StateConfigError(_unknown("storage", name, storage_names()))
+        raise StateConfigError(_unknown("storage", name, storage_names(), other_names=OTHER_BACKEND_NAMES))
     if len(points) > 1:
         raise StateConfigError(f"several packages bring a storage {name!r} ({', '.join(sorted(points))}): keep one")
     value, point = points.popitem()
@@ -130,8 +131,7 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
         accepted = storage_options(cls)
         for option in options:
             if option not in accepted:
-                whose = f" of the storage {backend!r}"
-                raise StateConfigError(_unknown("option", option, accepted, whose)) from error
+                raise StateConfigError(_unknown(f"option of the storage {backend!r}:", option, accepted)) from error
         for option, parameter in accepted.items():
             if parameter.default is Parameter.empty and option not in options:
                 raise StateConfigError(f"the storage {backend!r} needs the option {option!r}") from error
@@ -143,12 +143,15 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
     return storage
 
 
-def _unknown(what: str, name: object, known: Any, whose: str = "") -> str:
+def _unknown(
+    what: str, name: object, known: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})
+) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(str(name).lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, sorted(known)))}"
-    return f"{name!r} is no {what}{whose}; {hint}"
+    meant = {**other_names, **{each: each for each in known}}
+    near = get_close_matches(str(name).lower(), meant, 1)
+    hint = f"did you mean {meant[near[0]]!r}?" if near else f"known are {', '.join(map(repr, sorted(known)))}"
+    return f"unknown {what} {name!r} ({hint})"
 
 
 def _identity(cls: type[StateStorage], options: Mapping[str, Any]) -> Hashable:

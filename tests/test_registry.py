@@ -66,16 +66,24 @@ def test_the_built_in_storages_have_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("valky", "valkey"), ("Valkey", "valkey"), ("files", "file"), ("memry", "memory")]
+    ("wrong", "right"),
+    [
+        ("valky", "valkey"),
+        ("Valkey", "valkey"),
+        ("redis", "valkey"),
+        ("mem", "memory"),
+        ("files", "file"),
+        ("memry", "memory"),
+    ],
 )
 def test_an_unknown_storage_is_an_error_with_the_nearest_name(wrong: str, right: str) -> None:
-    with pytest.raises(StateConfigError, match=f"'{wrong}' is no storage; did you mean '{right}'"):
+    with pytest.raises(StateConfigError, match=rf"unknown storage '{wrong}' \(did you mean '{right}'\?\)"):
         get_context_manager(wrong)
 
 
 def test_an_unknown_storage_like_no_other_lists_all() -> None:
     register_storage("small", SmallStorage)
-    with pytest.raises(StateConfigError, match="there are 'file', 'memory', 'small', 'valkey'"):
+    with pytest.raises(StateConfigError, match="known are 'file', 'memory', 'small', 'valkey'"):
         get_context_manager("postgresql")
 
 
@@ -373,12 +381,14 @@ def test_wrong_options_say_what_is_right(storage: Any, options: dict[str, Any], 
 
 def test_wrong_options_of_a_third_party_say_what_is_right() -> None:
     register_storage("small", SmallStorage)
-    with pytest.raises(StateConfigError, match="'tabel' is no option of the storage 'small'; did you mean 'table'"):
+    with pytest.raises(
+        StateConfigError, match=r"unknown option of the storage 'small': 'tabel' \(did you mean 'table'\?\)"
+    ):
         get_context_manager("small", tabel="t")
     with pytest.raises(StateConfigError, match="the storage 'small' needs the option 'table'"):
         get_context_manager("small")
     configure("state: {backend: small, table: t, tabel: t}")
-    with pytest.raises(StateConfigError, match="'tabel' is no option of the storage 'small'"):
+    with pytest.raises(StateConfigError, match="unknown option of the storage 'small': 'tabel'"):
         get_context_manager()
 
 
@@ -423,6 +433,7 @@ def test_every_key_of_the_configuration_is_an_option_of_its_storage(backend: str
         except StateConfigError as error:  # the value of an example, perhaps
             problem = str(error)
         assert "no option" not in problem
+        assert "unknown option" not in problem
 
 
 # --- the configuration file -----------------------------------------------------------------------------------------
