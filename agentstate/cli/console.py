@@ -19,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TextIO
 
 from ..urls import redact_url
-from .exits import USAGE
+from .exits import PROBLEM, USAGE
 
 if TYPE_CHECKING:
     import click
@@ -65,6 +65,15 @@ def can_ask() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
+def confirm(question: str) -> None:
+    """Ask on the terminal. Any answer but yes ends the command."""
+    import click
+
+    if not click.confirm(one_line(question), err=True):
+        note("Nothing was changed.")
+        raise click.exceptions.Exit(PROBLEM)
+
+
 def help_if_alone(context: click.Context) -> None:
     """Where a group was called without a command: print its help to stderr and exit with a usage error."""
     if context.invoked_subcommand is None:
@@ -100,7 +109,7 @@ def harmless_json(text: str) -> str:
 
     Newlines and tabs between the values are kept.
     """
-    return _UNPRINTABLE.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    return _UNPRINTABLE_IN_TEXT.sub(lambda match: match[1] or json.dumps(match[0])[1:-1], text)
 
 
 def size_text(size: float) -> str:

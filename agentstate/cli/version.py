@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+
+import agentstate
 
 
 def own_version() -> str:
-    """As it is installed."""
+    """The version that is installed; ``(not installed)`` in a source tree without metadata."""
     try:
-        return version("agentstate")
-    except PackageNotFoundError:  # run from a source tree
+        return str(agentstate.__version__)
+    except PackageNotFoundError:
         return "(not installed)"
