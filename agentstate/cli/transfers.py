@@ -183,7 +183,11 @@ def import_(place: Place, file: str, replace: bool, dry_run: bool, as_json: bool
       ssh old-host agentstate export -z | agentstate import --dry-run
     """
     began = time.monotonic()
-    with _existing_file(file) as archive, place.open() as storage, console.progress("importing") as advance:
+    with (
+        _existing_file(file) as archive,
+        place.open(may_be_new=True) as storage,
+        console.progress("importing") as advance,
+    ):
         report = import_contexts(archive, storage, replace=replace, dry_run=dry_run, progress=lambda result: advance())
     return _finish(report, "would be imported" if dry_run else "imported and verified", began, as_json)
 
