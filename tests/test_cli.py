@@ -16,13 +16,11 @@ from commands import COMMAND, assert_one_line, environment, run, started, until
 from stores import many
 
 import agentstate.cli
-from agentstate.cli import console, exits, reference
+from agentstate.cli import console, exits
 from agentstate.cli.app import cli
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateError
 from agentstate.storage.file import FileStorage
-
-DOCS = Path(__file__).parents[1] / "docs" / "command-line.md"
 
 COMMANDS = [
     "chat", "cleanup", "clear", "completion", "doctor", "export", "import", "init", "list", "migrate", "show", "skill",
@@ -332,15 +330,6 @@ def test_what_a_shell_would_take_for_something_else_is_not_offered(some: Path) -
             context.set_variable(name, "x", 1)
     ran = run(cwd=some, _AGENTSTATE_COMPLETE="bash_complete", COMP_WORDS="agentstate show ")
     assert ran.out.split("\n") == [f"plain,{name}" for name in ("alice", "bob", "user:x", "世界")] + [""]
-
-
-# --- documentation --------------------------------------------------------------------------------------------------
-
-
-def test_the_documentation_is_what_the_commands_say() -> None:
-    if not DOCS.exists():
-        pytest.skip("no docs beside the tests")
-    assert DOCS.read_text() == reference.markdown(), "run: python -m agentstate.cli.reference > docs/command-line.md"
 
 
 def test_the_console_script_and_the_module_are_the_same(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def _ask_before_clearing(storage: StateStorage, names: list[str], place: Place) 
     "--max-age-hours",
     type=FiniteNumber(0),
     metavar="HOURS",
-    help="Delete conversations whose last update is older than this.  [default: 24]",
+    help="Delete conversations whose last update is older than this (default: 24).",
 )
 @user_option
 @click.option("--dry-run", is_flag=True, help="Only print which conversations would be deleted.")
