@@ -21,10 +21,11 @@ PAGE = ROOT / "docs" / "command-line.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no docs beside the tests")
 
 CALLS = {
+    "import": "import archive.jsonl",
     "chat": "chat bot.py:bot hello",
     "cleanup": "cleanup --max-age-hours 1000",
     "clear": "clear --yes alice",
-    "export": "export archive.jsonl",
+    "export": "export new.jsonl",
     "init": "init new.yaml",
     "migrate": "migrate conversation_states copy",
     "show": "show alice",
@@ -90,6 +91,7 @@ def test_every_option_in_the_page_works(tmp_path: Path) -> None:
             context.add_to_history("alice", "user", "hello")
         (folder / "agent_config.yaml").write_text("state:\n  backend: file\n")
         (folder / "bot.py").write_text("def bot(task):\n    return 'hello'\n")
+        (folder / "archive.jsonl").write_text('{"context_id": "bob"}\n')
         return run(*arguments, cwd=folder)
 
     all_calls = calls()

@@ -32,7 +32,7 @@ def _nearest(storage: StateStorage, context_id: str) -> str | None:
     by_lower = {each.lower(): each for each in reversed(known)}
     typed = context_id.lower()
     ending = [each for each in by_lower if each.endswith((f":{typed}", f"/{typed}"))]  # typed without its prefix
-    near = get_close_matches(typed, by_lower, 1, 0.75) or ending[:1]
+    near = get_close_matches(typed, by_lower, 1, 0.7) or ending[:1]
     return by_lower[near[0]] if near else None
 
 

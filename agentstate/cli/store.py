@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from click.shell_completion import CompletionItem
 
 from ..config import CONFIG_VARIABLE
 from ..errors import ContextNotFoundError, StateConfigError, StateError, StateUnavailableError
-from ..operations import Query
 from ..registry import overridden, read_config, shared_context
 from ..storage.base import StateStorage
 from ..urls import redact_url
@@ -29,7 +28,7 @@ R = TypeVar("R")
 _DEFAULT_DIR: Final = "./conversation_states"
 _DEFAULT_PREFIX: Final = "agentup:state:"
 _URL_LIKE = re.compile(r"(valkey|redis)s?(\+[a-z]+)?:|([a-z]+\+)?unix:", re.IGNORECASE)
-_TRIED_FIRST: Final = 0.5  # seconds
+_CONNECT_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,45 @@ class Place:
         storage = shared_context(self.backend, self.options, blocking=True).storage
         try:
             if self.backend == "valkey":
-                _check_that_it_listens(storage)
+                _check_that_it_listens(self.options)
             yield storage
         finally:
             storage.close()
 
 
-def _check_that_it_listens(storage: StateStorage) -> None:
-    """Raise StateUnavailableError where the server refuses connections.
+def _check_that_it_listens(options: dict[str, Any]) -> None:
+    """Raise StateUnavailableError where no server of the URL accepts connections, or there is no such host.
 
-    Calls try again until their deadline, since a server may be restarting. At a terminal a wrong address is more
-    likely, and should not take seconds to be reported.
+    Calls are retried until their deadline, since a server may be restarting. For a command a wrong address is more
+    likely, which should not take seconds to be reported.
     """
+    from ..storage.valkey.url import read_url
+
+    problem: OSError | None = None
+    addresses = read_url(options["url"], {}).addresses
+    for address in addresses:
+        try:
+            _connect(address.path or (address.host, address.port)).close()
+        except (ConnectionRefusedError, FileNotFoundError, socket.gaierror) as error:
+            problem = error
+        except OSError:
+            return  # the calls of the command report it
+        else:
+            return
+    shown = ", ".join(map(str, addresses))
+    raise StateUnavailableError(f"cannot connect to {shown}: {problem and problem.strerror}") from problem
+
+
+def _connect(address: str | tuple[str, int]) -> socket.socket:
+    if isinstance(address, tuple):
+        return socket.create_connection(address, timeout=_CONNECT_SECONDS)
+    connection = socket.socket(socket.AF_UNIX)
     try:
-        storage.call(Query("agentstate", deadline=time.monotonic() + min(_TRIED_FIRST, storage.deadline)))
-    except StateUnavailableError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ConnectionRefusedError) or "refused" in str(cause):
-                raise
-            cause = cause.__cause__
-    except StateError:
-        pass  # the command's own calls report it, or succeed because they have more time
+        connection.connect(address)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _parsed_settings(

@@ -35,7 +35,7 @@ after the name of the command.
   environment, and write `${VALKEY_URL}` into the configuration file.
 - Ctrl-C, SIGTERM and SIGHUP leave nothing half done: a conversation is written or not, an archive appears when it is
   complete, and an interrupted import or migration can be started again. A second one ends the command at once.
-- A server that refuses connections is reported after half a second; other failures at the `deadline` of the storage.
+- A server that refuses connections is reported at once, other failures after the `deadline` of the storage.
 - Conversations are read in groups. For 100,000 of them in files, peak memory was 61 MB for `stats`, `export` and
   `list --sort none`, 70 MB for `migrate` to a server, and 104 MB for `list`, which has to sort them; with Valkey 34 MB
   for `stats` and 82 MB for `list`. The process alone takes 26 MB, and the cache of files up to `cache_bytes` (32 MiB).
