@@ -15,7 +15,9 @@ Lines that begin with ``#> `` are what a block prints, and must be exactly that,
 - ``<!-- not run: REASON -->``
 - ``<!-- error: TEXT -->``: the block must fail with a StateError whose message holds TEXT
 - ``<!-- needs: PROGRAM -->``: the block is run where that program is installed
-- ``<!-- file: NAME -->``: the block is also kept as that file for the blocks that follow (python is then not run)
+
+A paragraph that is a file's name in backticks and a colon (`` `remember.py`: ``) names the block after it: the block is also
+kept as that file for the blocks that follow, and python is then not run.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+import httpx
 import pytest
-from servers import ServerMissingError, find_server
+from servers import ServerMissingError, find_server, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,11 +57,12 @@ NEW_EACH_TIME = re.compile(
 LOCAL_URL = re.compile(r"valkey://localhost:6379(/0)?\b")
 
 _FENCE = re.compile(r"^```(\S*)\s*$")
-_MARK = re.compile(r"^<!-- (not run|error|needs|file): (.+) -->$")
+_MARK = re.compile(r"^<!-- (not run|error|needs): (.+) -->$")
+_FILE = re.compile(r"^`([^`]+\.\w+)`:$")
 
 
 class Block(NamedTuple):
-    """A fenced block. `line` is that of its first line of code; `marks` are the comments before it."""
+    """A fenced block. `line` is that of its first line of code; `marks` are the comments and the file name before it."""
 
     language: str
     line: int
@@ -75,6 +80,8 @@ def blocks_of(text: str) -> list[Block]:
         number += 1
         if mark := _MARK.match(line):
             marks[mark[1]] = mark[2]
+        elif name := _FILE.match(line):
+            marks["file"] = name[1]
         elif fence := _FENCE.match(line):
             end = lines.index("```", number)
             blocks.append(Block(fence[1], number + 1, "\n".join(lines[number:end]) + "\n", marks))
@@ -231,6 +238,78 @@ def test_the_first_command_of_the_readme_installs_and_starts_a_conversation(tmp_
 def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
     assert commands_of_the_readme()[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(commands_of_the_readme()) == 2
+
+
+# --- what only a server shows ---------------------------------------------------------------------------------------
+
+
+class TestFastAPI:
+    """The modules of docs/fastapi.md, served by uvicorn to real clients."""
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> Iterator[str]:
+        for block in blocks_of(text_of("fastapi.md")):
+            if "file" in block.marks:
+                (tmp_path / block.marks["file"]).write_text(block.text, encoding="utf-8")
+        (tmp_path / "all.py").write_text("from app import app\nimport kept, users\n")
+        command = [sys.executable, "-W", "error", "-m", "uvicorn", "all:app", "--port", "0", "--no-access-log"]
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, encoding="utf-8") as server:
+            watchdog = threading.Timer(60, server.kill)  # no reading waits for ever
+            watchdog.start()
+            try:
+                assert server.stderr is not None
+                said = ""
+                while not (running := re.search(r"running on (http://\S+)", said)):
+                    line = server.stderr.readline()
+                    assert line, said
+                    said += line
+                yield running[1]
+                server.terminate()
+                said += server.stderr.read()
+                assert "Application shutdown complete." in said
+                assert "ERROR" not in said
+                assert "Exception" not in said
+            finally:
+                watchdog.cancel()
+                server.kill()
+
+    def test_an_answer_is_streamed_and_stored(self, url: str) -> None:
+        messages = f"{url}/conversations/alice/messages"
+        with httpx.stream("POST", messages, json={"text": "I like tea"}) as response:
+            pieces = [*response.iter_text()]
+        assert len(pieces) > 1
+        assert "".join(pieces) == "You have told me 1 things. "
+        assert [message["role"] for message in httpx.get(messages).json()] == ["user", "assistant"]
+
+    def test_after_a_disconnect_nothing_is_stored_and_the_next_request_starts(self, url: str) -> None:
+        messages = f"{url}/conversations/alice/messages"
+        for number in range(1, 4):
+            with httpx.stream("POST", messages, json={"text": "gone"}) as response:
+                assert next(response.iter_text()) == "You "
+            # Less than the 30 s after which a lease expires that was not released.
+            answer = httpx.post(messages, json={"text": "here"}, timeout=20).text
+            assert answer == f"You have told me {number} things. "
+        contents = [message["content"] for message in httpx.get(messages).json()]
+        assert contents[::2] == ["here"] * 3
+
+    def test_a_handler_can_store_what_a_client_received_before_it_disconnected(self, url: str) -> None:
+        with httpx.stream("POST", f"{url}/kept/alice/messages", json={"text": "gone"}) as response:
+            assert next(response.iter_text()) == "You "
+        kept = f"{url}/conversations/alice/messages"
+        wait_until(lambda: len(httpx.get(kept).json()) == 2, "the messages are stored")
+        question, answer = httpx.get(kept).json()
+        assert question["content"] == "gone"
+        assert answer["content"].startswith("You ")
+        assert answer["content"] != "You have told me 1 things. "
+
+    def test_a_user_cannot_reach_the_context_of_another_user(self, url: str) -> None:
+        def visit(token: str) -> httpx.Response:
+            return httpx.post(f"{url}/notes/diary", headers={"Authorization": f"Bearer {token}"})
+
+        assert [visit("secret-of-alice").json() for _ in range(2)] == [1, 2]
+        assert visit("secret-of-bob").status_code == 404
+        assert visit("a guess").status_code == 401
+        assert visit("secret-of-alice").json() == 3
 
 
 # --- nothing is left out --------------------------------------------------------------------------------------------
