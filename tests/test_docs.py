@@ -38,12 +38,14 @@ import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
-import httpx
 import pytest
 from servers import ServerMissingError, find_server, wait_until
+
+if TYPE_CHECKING:
+    import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -247,6 +249,13 @@ class TestFastAPI:
     """The modules of docs/fastapi.md, served by uvicorn to real clients."""
 
     @pytest.fixture
+    def client(self) -> Iterator[httpx.Client]:
+        import httpx
+
+        with httpx.Client(timeout=20) as client:
+            yield client
+
+    @pytest.fixture
     def url(self, tmp_path: Path) -> Iterator[str]:
         for block in blocks_of(text_of("fastapi.md")):
             if "file" in block.marks:
@@ -273,38 +282,42 @@ class TestFastAPI:
                 watchdog.cancel()
                 server.kill()
 
-    def test_an_answer_is_streamed_and_stored(self, url: str) -> None:
+    def test_an_answer_is_streamed_and_stored(self, client: httpx.Client, url: str) -> None:
         messages = f"{url}/conversations/alice/messages"
-        with httpx.stream("POST", messages, json={"text": "I like tea"}) as response:
+        with client.stream("POST", messages, json={"text": "I like tea"}) as response:
             pieces = [*response.iter_text()]
         assert len(pieces) > 1
         assert "".join(pieces) == "You have told me 1 things. "
-        assert [message["role"] for message in httpx.get(messages).json()] == ["user", "assistant"]
+        assert [message["role"] for message in client.get(messages).json()] == ["user", "assistant"]
 
-    def test_after_a_disconnect_nothing_is_stored_and_the_next_request_starts(self, url: str) -> None:
+    def test_after_a_disconnect_nothing_is_stored_and_the_next_request_starts(
+        self, client: httpx.Client, url: str
+    ) -> None:
         messages = f"{url}/conversations/alice/messages"
         for number in range(1, 4):
-            with httpx.stream("POST", messages, json={"text": "gone"}) as response:
+            with client.stream("POST", messages, json={"text": "gone"}) as response:
                 assert next(response.iter_text()) == "You "
             # Less than the 30 s after which a lease expires that was not released.
-            answer = httpx.post(messages, json={"text": "here"}, timeout=20).text
+            answer = client.post(messages, json={"text": "here"}).text
             assert answer == f"You have told me {number} things. "
-        contents = [message["content"] for message in httpx.get(messages).json()]
+        contents = [message["content"] for message in client.get(messages).json()]
         assert contents[::2] == ["here"] * 3
 
-    def test_a_handler_can_store_what_a_client_received_before_it_disconnected(self, url: str) -> None:
-        with httpx.stream("POST", f"{url}/kept/alice/messages", json={"text": "gone"}) as response:
+    def test_a_handler_can_store_what_a_client_received_before_it_disconnected(
+        self, client: httpx.Client, url: str
+    ) -> None:
+        with client.stream("POST", f"{url}/kept/alice/messages", json={"text": "gone"}) as response:
             assert next(response.iter_text()) == "You "
         kept = f"{url}/conversations/alice/messages"
-        wait_until(lambda: len(httpx.get(kept).json()) == 2, "the messages are stored")
-        question, answer = httpx.get(kept).json()
+        wait_until(lambda: len(client.get(kept).json()) == 2, "the messages are stored")
+        question, answer = client.get(kept).json()
         assert question["content"] == "gone"
         assert answer["content"].startswith("You ")
         assert answer["content"] != "You have told me 1 things. "
 
-    def test_a_user_cannot_reach_the_context_of_another_user(self, url: str) -> None:
+    def test_a_user_cannot_reach_the_context_of_another_user(self, client: httpx.Client, url: str) -> None:
         def visit(token: str) -> httpx.Response:
-            return httpx.post(f"{url}/notes/diary", headers={"Authorization": f"Bearer {token}"})
+            return client.post(f"{url}/notes/diary", headers={"Authorization": f"Bearer {token}"})
 
         assert [visit("secret-of-alice").json() for _ in range(2)] == [1, 2]
         assert visit("secret-of-bob").status_code == 404
