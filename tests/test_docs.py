@@ -16,8 +16,8 @@ Lines that begin with ``#> `` are what a block prints, and must be exactly that,
 - ``<!-- error: TEXT -->``: the block must fail with a StateError whose message holds TEXT
 - ``<!-- needs: PROGRAM -->``: the block is run where that program is installed
 
-A paragraph that is a file's name in backticks and a colon (`` `remember.py`: ``) names the block after it: the block is also
-kept as that file for the blocks that follow, and python is then not run.
+A paragraph that is a file's name in backticks and a colon (`` `remember.py`: ``) names the block after it: the block is
+also kept as that file for the blocks that follow, and python is then not run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _FILE = re.compile(r"^`([^`]+\.\w+)`:$")
 
 
 class Block(NamedTuple):
-    """A fenced block. `line` is that of its first line of code; `marks` are the comments and the file name before it."""
+    """A fenced block. `line` is that of its first line of code; `marks` are the comments and the file name above it."""
 
     language: str
     line: int
@@ -153,6 +153,57 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     for block in blocks_of(page.read_text(encoding="utf-8")):
         assert block.language in LANGUAGES | SHOWN_ONLY, f"{name_of(page)}:{block.line}: which language is this?"
         assert block.language in LANGUAGES or not block.marks, f"{name_of(page)}:{block.line}: a mark without effect"
+
+
+def imports_of(block: Block) -> set[str]:
+    """The top-level packages that a block imports; in bash, those that it runs with `python -m`."""
+    if block.language == "bash":
+        return set(re.findall(r"\bpython -m (\w+)", block.text))
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+OUR_DEPENDENCIES = {"agentstate", "valkey"}
+INSTALLED_AS = {"a2a": "a2a-sdk", "opentelemetry": "opentelemetry-sdk"}
+COME_WITH = {"anyio": "fastapi"}  # which depends on it
+MADE_AVAILABLE = {"src"}  # by agentstate.compat
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_that_needs_another_package_comes_after_how_to_install_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    blocks = [block for block in blocks_of(text) if block.language in ("bash", "python")]
+    made = {name.removesuffix(".py") for block in blocks if (name := block.marks.get("file"))}
+    known = set(sys.stdlib_module_names) | OUR_DEPENDENCIES | MADE_AVAILABLE | made
+    for block in blocks:
+        if "not run" in block.marks:
+            continue
+        before = "\n".join(text.split("\n")[: block.line])
+        for name in imports_of(block) - known:
+            package = INSTALLED_AS.get(name, COME_WITH.get(name, name))
+            assert re.search(rf"pip install [^`]*\b{package}\b", before), (
+                f"{name_of(page)}:{block.line}: say `pip install {package}` before it"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_nobody_is_told_to_install_the_package_of_others_that_has_our_name(page: Path) -> None:
+    told = re.findall(r"pip3? install[^`\n]*[\s'\"]agentstate(?![-_\w/.])[^`\n]*", page.read_text(encoding="utf-8"))
+    assert not told, f"the distribution is agentstate-store: {told}"
+
+
+def test_the_first_block_of_the_readme_is_on_the_first_screen_and_shows_what_it_prints() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = blocks_of(text)[0]
+    assert first.language == "python"
+    assert "#> " in first.text
+    assert first.line + first.text.count("\n") < 30
+    assert text.count("\n") < 200
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
