@@ -101,7 +101,7 @@ def name_of(page: Path) -> str:
 def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = ""
     if uses_a_server(page):
-        # A database of its own for each page, on a server of ours: what a page leaves there disturbs nobody.
+        # Each page has its own database on a server of the tests, so that pages do not see each other's keys.
         database = list(filter(uses_a_server, PAGES)).index(page)
         url = f"{request.getfixturevalue('valkey_9').url.removesuffix('/0')}/{database}"
     lay_out(tmp_path, url)
@@ -126,7 +126,7 @@ def uses_a_server(page: Path) -> bool:
 
 
 def lay_out(folder: Path, url: str = "") -> None:
-    """What the commands of a page find where they are run: the examples, and an environment with this Python."""
+    """What the commands of a page need in their directory: the examples, and an environment with this Python."""
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / ".venv" / "bin").mkdir(parents=True)
     # (A link to a Python would be a Python without what is installed beside it.)
@@ -192,7 +192,7 @@ def test_a_block_that_needs_another_package_comes_after_how_to_install_it(page: 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_nobody_is_told_to_install_the_package_of_others_that_has_our_name(page: Path) -> None:
+def test_no_page_installs_the_other_package_that_is_named_agentstate(page: Path) -> None:
     told = re.findall(r"pip3? install[^`\n]*[\s'\"]agentstate(?![-_\w/.])[^`\n]*", page.read_text(encoding="utf-8"))
     assert not told, f"the distribution is agentstate-store: {told}"
 
@@ -216,7 +216,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.svg")), ids=name_of)
-def test_a_picture_fetches_nothing_and_tells_nothing_of_a_machine(picture: Path) -> None:
+def test_a_picture_fetches_nothing_and_contains_nothing_of_a_machine(picture: Path) -> None:
     text = picture.read_text(encoding="utf-8")
     ElementTree.fromstring(text)
     fetched = re.findall(r"""(?:href|src)=["'](?!#)|@import|url\((?!#)""", text)
@@ -261,9 +261,9 @@ def commands_of_the_readme() -> list[str]:
 
 
 def test_the_first_command_of_the_readme_installs_and_starts_a_conversation(tmp_path: Path) -> None:
-    """To the letter, except that `-m venv` and `pip` here only see what they are asked for.
+    """Exactly this command, except that `-m venv` and `pip` only record their arguments.
 
-    (That the installation works is shown by every tox environment, which is such an installation.)
+    (Every tox environment is such an installation, so it is tested that it works.)
     """
     lay_out(tmp_path)
     tools = tmp_path / "tools"
@@ -293,7 +293,7 @@ def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
     assert len(commands_of_the_readme()) == 2
 
 
-# --- what only a server shows ---------------------------------------------------------------------------------------
+# --- the page about FastAPI, with a server ----------------------------------------------------------------------------
 
 
 class TestFastAPI:
@@ -376,6 +376,83 @@ class TestFastAPI:
         assert visit("secret-of-alice").json() == 3
 
 
+# --- what pages say without a block that shows it -------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no cp")
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_a_copy_of_a_folder_in_use_holds_intact_conversations(tmp_path: Path, layout: str) -> None:
+    """cookbook.md, "Backups"."""
+    from agentstate import FileStorage, SyncConversationContext
+
+    names = [f"c{number}" for number in range(12)]
+    options: dict[str, Any] = {"layout": layout, "fsync": "no"}
+    context = SyncConversationContext(FileStorage(tmp_path / "live", **options))
+    copied = threading.Event()
+
+    def write(mine: list[str]) -> None:
+        number = 0
+        while not copied.is_set():
+            number += 1
+            for name in mine:
+                with context.batch(name) as batch:
+                    batch.add_to_history("user", number)
+                    batch.set_variable("number", number)
+                    batch.set_variable("filling", "x" * 500)  # so that the files are written anew, too
+                    batch.trim_history(keep=20)
+
+    for name in names:  # what exists all along is in the copy
+        with context.batch(name) as batch:
+            batch.add_to_history("user", 0)
+            batch.set_variable("number", 0)
+    writers = [threading.Thread(target=write, args=(names[first::3],)) for first in range(3)]
+    for writer in writers:
+        writer.start()
+    copies = [tmp_path / f"copy{number}" for number in range(5)]
+    try:
+        for number, copy in enumerate(copies):
+            wait_until(lambda: context.get_variable("c0", "number") > number, "another write")  # noqa: B023
+            # `cp` may fail: it says so if a temporary file is gone before it is copied.
+            subprocess.run(["cp", "-a", str(tmp_path / "live"), str(copy)], stderr=subprocess.DEVNULL, check=False)
+    finally:
+        copied.set()
+        for writer in writers:
+            writer.join()
+    for copy in copies:
+        verify = [sys.executable, "-m", "agentstate", "verify", "--storage-dir", str(copy), "--layout", layout]
+        subprocess.run(verify, check=True, stdout=subprocess.DEVNULL)
+        backup = SyncConversationContext(FileStorage(copy, **options))
+        found = {name: backup.get_state(name) for name in backup.list_contexts()}
+        if names_keep_their_places(copy):
+            assert found.keys() == set(names)
+        for state in found.values():
+            assert state is not None
+            assert state.history[-1]["content"] == state.variables["number"]
+
+
+def names_keep_their_places(path: Path) -> bool:
+    """Whether a replaced file keeps its place in the folder. On btrfs and tmpfs it moves, and `cp` may miss it."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, encoding="utf-8", check=False)
+    return kind.stdout.strip() in ("ext2/ext3", "xfs")
+
+
+def test_a_turn_of_a_bound_context_reserves_no_id() -> None:
+    """batches-and-turns.md, "Expired leases"."""
+    from agentstate import InMemoryStorage, StateAccessError, StateTimeoutError, SyncConversationContext
+
+    storage = InMemoryStorage()
+    alice, bob = (SyncConversationContext(storage, user_id=user) for user in ("alice", "bob"))
+    held = alice.turn("new")
+    turn = held.__enter__()
+    turn.set_variable("mine", True)
+    with pytest.raises(StateTimeoutError):
+        bob.turn("new", timeout=0.01).__enter__()
+    bob.set_variable("new", "mine", False)
+    with pytest.raises(StateAccessError):
+        held.__exit__(None, None, None)
+    assert bob.get_variable("new", "mine") is False
+
+
 # --- nothing is left out --------------------------------------------------------------------------------------------
 
 
@@ -410,7 +487,7 @@ def test_every_logger_is_on_the_page_of_debugging() -> None:
     names = set(re.findall(r'(?:getLogger\(|LOGGED_AS = \[)"(agentstate\.[^"]+)"', code))
     assert {"agentstate.context", "agentstate.storage.file", "agentstate.storage.valkey"} <= names
     for name in names:
-        assert f"| `{name}` |" in text_of("debugging.md"), f"debugging.md does not tell what {name} says"
+        assert f"| `{name}` |" in text_of("debugging.md"), f"debugging.md does not describe {name}"
 
 
 def test_every_key_of_the_configuration_is_on_its_page() -> None:
