@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--at-rest", action="store_true", help="leave out the runs beside busy neighbours")
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="where files are written (default: the system's)")
     options = parser.parse_args()
-    conditions = {"at rest": contextlib.nullcontext}
+    conditions: dict[str, Callable[[], AbstractContextManager[None]]] = {"at rest": nullcontext}
     if not options.at_rest:
         conditions[f"beside {COUNT} busy processes"] = busy_neighbours
     print(_HEADER, flush=True)
