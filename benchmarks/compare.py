@@ -2,10 +2,13 @@
 
     python -m benchmarks.compare OLD_TREE NEW_TREE [--conversations 1,10,50,1000] [--backend valkey,file]
 
-Appends by N conversations at a time, each of which waits for its last append. Every run is a fresh process that
-imports one of the trees; the trees take turns, in changing order, at rest and beside busy neighbours. Only the public
-API is used, so that any two versions can be compared. A lone awaited call to Valkey is also measured against an RPUSH
-by `valkey.asyncio`.
+Appends by N conversations at a time, each of which waits for its last append. Every run is a new process that imports
+one of the trees; the trees take turns, in changing order, at rest and beside busy processes. Only the public API is
+used, so that any two versions can be compared. A lone awaited call to Valkey is also measured against an RPUSH by
+`valkey.asyncio`.
+
+Figures are medians over the runs. A ratio is the median of the ratios of runs that followed one another: above 1, the
+first of the two has the higher throughput.
 """
 
 from __future__ import annotations
@@ -17,29 +20,27 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Self
+from typing import Any, Final
 
-from .neighbours import COUNT, busy_neighbours
+from .measure import ALONE, BOTH, Conditions
+from .sampling import Figures, Limit, in_tasks, in_threads
 from .servers import valkey_server
 
 _HERE: Final = Path(__file__).resolve().parent.parent
 _BACKENDS: Final = ("valkey", "file", "file-no-fsync", "memory")
 _ADAPTERS: Final = ("async", "sync")
-_PEER: Final = "valkey.asyncio"
-_WARM_UP: Final = 0.2  # seconds
+_NATIVE: Final = "valkey.asyncio"
+_WARM_UP: Final = Limit(0.2)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """What is measured."""
 
     backend: str
     adapter: str
@@ -48,29 +49,13 @@ class Case:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What one process found: appends a second, and the latencies of its appends in microseconds."""
-
-    throughput: float
-    median: float
-    p99: float
-    maximum: float
-
-    @classmethod
-    def of(cls, latencies: list[float], elapsed: float) -> Self:
-        """From latencies in seconds."""
-        ordered = sorted(latency * 1e6 for latency in latencies)
-        return cls(len(ordered) / elapsed, median(ordered), ordered[int(len(ordered) * 0.99)], ordered[-1])
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("old", type=_tree, metavar="OLD_TREE", help="a folder that contains the package agentstate")
-    parser.add_argument("new", type=_tree, metavar="NEW_TREE", help="the same, of the version to judge")
+    parser.add_argument("new", type=_tree, metavar="NEW_TREE", help="another one")
     parser.add_argument("--conversations", type=_numbers, default=[1, 10, 50, 1000], metavar="N[,N]",
                         help="how many append at the same time (default: 1,10,50,1000)")  # fmt: skip
     parser.add_argument("--backend", type=_one_of(_BACKENDS), default=["valkey"], metavar="NAME[,NAME]",
@@ -81,13 +66,11 @@ def main() -> None:
                         help="size of a message's content (default: 200)")  # fmt: skip
     parser.add_argument("--runs", type=int, default=9, metavar="N", help="processes for each figure (default: 9)")
     parser.add_argument("--seconds", type=float, default=1.0, help="duration of a run (default: 1)")
-    parser.add_argument("--at-rest", action="store_true", help="leave out the runs beside busy neighbours")
-    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="where files are written (default: the system's)")
+    parser.add_argument("--at-rest", action="store_true", help="leave out the runs beside busy processes")
+    parser.add_argument("--disk", type=Path, metavar="FOLDER",
+                        help="where files are written (default: the temporary folder)")  # fmt: skip
     options = parser.parse_args()
-    conditions: dict[str, Callable[[], AbstractContextManager[None]]] = {"at rest": nullcontext}
-    if not options.at_rest:
-        conditions[f"beside {COUNT} busy processes"] = busy_neighbours
-    print(_HEADER, flush=True)
+    print(_table_line(_HEADS), _table_line(["---"] * len(_HEADS)), sep="\n", flush=True)
     with valkey_server() as server:
         for backend, adapter, size, conversations in itertools.product(
             options.backend, options.adapter, options.bytes, options.conversations
@@ -95,20 +78,11 @@ def main() -> None:
             case = Case(backend, adapter, conversations, size, options.seconds)
             contenders = {"old": options.old, "new": options.new}
             if (backend, adapter, conversations) == ("valkey", "async", 1):
-                contenders[_PEER] = options.new
-            found: dict[str, dict[str, list[Sample]]] = {
-                condition: {name: [] for name in contenders} for condition in conditions
-            }
-            for number in range(options.runs):
-                names = list(contenders)[:: 1 if number % 2 else -1]
-                for condition, neighbours in conditions.items():
-                    for name in names:
-                        server.client().flushall()
-                        with neighbours(), TemporaryDirectory(prefix="agentstate-bench-", dir=options.disk) as folder:
-                            target = server.url if backend == "valkey" else folder
-                            found[condition][name].append(_measured(contenders[name], name == _PEER, case, target))
-            for condition, samples in found.items():
-                for line in _lines(case, condition, samples):
+                contenders[_NATIVE] = options.new
+            conditions = ALONE if options.at_rest else BOTH
+            runs = _runs(contenders, conditions, case, options.runs, server, options.disk)
+            for condition, figures in runs.items():
+                for line in _lines(case, condition, figures):
                     print(line, flush=True)
 
 
@@ -133,45 +107,68 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return names
 
 
-_HEADER: Final = (
-    "| backend | adapter | bytes | conversations | condition | compared | appends a second"
-    " | ratio (quartiles): above 1 the first is faster | median µs | p99 µs | max µs |\n"
-    "|---|---|--:|--:|---|---|--:|--:|--:|--:|--:|"
-)
+def _runs(
+    contenders: dict[str, Path], conditions: Conditions, case: Case, count: int, server: Any, disk: Path | None
+) -> dict[str, dict[str, list[Figures]]]:
+    """The figures of each run, by condition and contender."""
+    found: dict[str, dict[str, list[Figures]]] = {
+        condition: {name: [] for name in contenders} for condition in conditions
+    }
+    for number in range(count):
+        names = list(contenders)[:: 1 if number % 2 else -1]
+        for condition, enter in conditions.items():
+            for name in names:
+                server.client().flushall()
+                with enter(), TemporaryDirectory(prefix="agentstate-bench-", dir=disk) as folder:
+                    target = server.url if case.backend == "valkey" else folder
+                    found[condition][name].append(_measured(contenders[name], case, target, native=name == _NATIVE))
+    return found
 
 
-def _lines(case: Case, condition: str, samples: dict[str, list[Sample]]) -> Iterator[str]:
+_HEADS: Final = (
+    "backend", "adapter", "bytes", "conversations", "condition", "compared", "appends/s", "ratio (quartiles)",
+    "median µs", "p99 µs", "max µs",
+)  # fmt: skip
+
+
+def _lines(case: Case, condition: str, runs: dict[str, list[Figures]]) -> Iterator[str]:
     pairs = [("new", "old")]
-    if _PEER in samples:
-        pairs += [("old", _PEER), ("new", _PEER)]
+    if _NATIVE in runs:
+        pairs += [("old", _NATIVE), ("new", _NATIVE)]
     for first, second in pairs:
-        ratios = [a.throughput / b.throughput for a, b in zip(samples[first], samples[second], strict=True)]
+        ratios = [a.throughput / b.throughput for a, b in zip(runs[first], runs[second], strict=True)]
         low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        cells = [case.backend, case.adapter, case.bytes, case.conversations, condition, f"{first} / {second}"]
-        for figure in ("throughput", "median", "p99", "maximum"):
-            cells.append(
-                " / ".join(f"{median(getattr(s, figure) for s in samples[name]):,.0f}" for name in (first, second))
-            )
-        cells.insert(7, f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        yield f"| {' | '.join(map(str, cells))} |"
+
+        def both(figure: str, scale: float, names: tuple[str, str] = (first, second)) -> str:
+            return " / ".join(f"{median(getattr(run, figure) for run in runs[name]) * scale:,.0f}" for name in names)
+
+        yield _table_line([
+            case.backend, case.adapter, case.bytes, case.conversations, condition, f"{first} / {second}",
+            both("throughput", 1), f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            both("median", 1e6), both("p99", 1e6), both("maximum", 1e6),
+        ])  # fmt: skip
 
 
-def _measured(tree: Path, peer: bool, case: Case, target: str) -> Sample:
-    """Measure one tree in a process of its own."""
+def _table_line(cells: Iterator[object] | list[Any] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _measured(tree: Path, case: Case, target: str, *, native: bool) -> Figures:
+    """Measure one tree in a new process."""
     with TemporaryDirectory(prefix="agentstate-tree-") as path:
         # Only this package of the tree: its benchmarks must not take the place of these.
         (Path(path) / "agentstate").symlink_to(tree / "agentstate")
-        asked = json.dumps({"case": asdict(case), "peer": peer, "target": target, "tree": str(tree)})
+        asked = json.dumps({"case": asdict(case), "target": target, "native": native, "tree": str(tree)})
         answer = subprocess.run(
             [sys.executable, "-P", "-c", f"from {__spec__.name} import _child; _child()"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join((path, str(_HERE)))},
             input=asked, stdout=subprocess.PIPE, text=True, check=True,
         ).stdout  # fmt: skip
-    return Sample(**json.loads(answer))
+    return Figures(**json.loads(answer))
 
 
 def _child() -> None:
-    """In the process of one run: what was asked for is on standard input, what was found goes to standard output."""
+    """In the process of one run: what is asked for comes from standard input, the figures go to standard output."""
     import agentstate
 
     asked: dict[str, Any] = json.load(sys.stdin)
@@ -179,11 +176,17 @@ def _child() -> None:
     if package.parent != Path(asked["tree"]):
         sys.exit(f"agentstate was imported from {package}, expected {asked['tree']}")
     case = Case(**asked["case"])
-    if case.adapter == "sync":
-        sample = _by_threads(case, asked["target"])
+    if asked["native"]:
+        figures = asyncio.run(_by_valkey_asyncio(case, asked["target"]))
+    elif case.adapter == "sync":
+        figures = _by_threads(case, asked["target"])
     else:
-        sample = asyncio.run(_by_tasks(case, asked["target"], peer=asked["peer"]))
-    json.dump(asdict(sample), sys.stdout)
+        figures = asyncio.run(_by_tasks(case, asked["target"]))
+    json.dump(asdict(figures), sys.stdout)
+
+
+def _names(case: Case) -> list[str]:
+    return [f"conversation-{number}" for number in range(case.conversations)]
 
 
 def _storage(backend: str, target: str) -> Any:
@@ -200,76 +203,43 @@ def _storage(backend: str, target: str) -> Any:
             return InMemoryStorage()
 
 
-async def _by_tasks(case: Case, target: str, *, peer: bool) -> Sample:
-    content = "x" * case.bytes
-    append: Callable[[str], Awaitable[Any]]
-    if peer:
-        import valkey.asyncio
-
-        from .floors import message
-
-        client = valkey.asyncio.Valkey.from_url(target)
-        append, close = (lambda name: client.rpush(name, message(content))), client.aclose
-    else:
-        from agentstate import ConversationContext
-
-        context = ConversationContext(_storage(case.backend, target))
-        append, close = (lambda name: context.add_to_history(name, "user", content)), context.aclose
-    latencies: list[float] = []
-
-    async def converse(name: str, end: float) -> None:
-        now = time.perf_counter()
-        while now < end:
-            began = now
-            await append(name)
-            now = time.perf_counter()
-            latencies.append(now - began)
-
-    async def all_of_them(seconds: float) -> float:
-        began = time.perf_counter()
-        names = [f"conversation-{number}" for number in range(case.conversations)]
-        await asyncio.gather(*(converse(name, began + seconds) for name in names))
-        return time.perf_counter() - began
-
-    await all_of_them(_WARM_UP)
-    latencies.clear()
-    elapsed = await all_of_them(case.seconds)
-    await close()
-    return Sample.of(latencies, elapsed)
-
-
-def _by_threads(case: Case, target: str) -> Sample:
+def _by_threads(case: Case, target: str) -> Figures:
     from agentstate import SyncConversationContext
 
     content = "x" * case.bytes
-    context = SyncConversationContext(_storage(case.backend, target))
-    latencies: list[float] = []
+    with SyncConversationContext(_storage(case.backend, target)) as context:
 
-    def converse(name: str, end: float) -> None:
-        now = time.perf_counter()
-        while now < end:
-            began = now
+        def append(name: str) -> None:
             context.add_to_history(name, "user", content)
-            now = time.perf_counter()
-            latencies.append(now - began)
 
-    def all_of_them(seconds: float) -> float:
-        began = time.perf_counter()
-        threads = [
-            threading.Thread(target=converse, args=(f"conversation-{number}", began + seconds))
-            for number in range(case.conversations)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - began
+        in_threads(append, _names(case), _WARM_UP)
+        return Figures.of([in_threads(append, _names(case), Limit(case.seconds))])
 
-    all_of_them(_WARM_UP)
-    latencies.clear()
-    elapsed = all_of_them(case.seconds)
-    context.close()
-    return Sample.of(latencies, elapsed)
+
+async def _by_tasks(case: Case, target: str) -> Figures:
+    from agentstate import ConversationContext
+
+    content = "x" * case.bytes
+    async with ConversationContext(_storage(case.backend, target)) as context:
+        return await _tasks(case, lambda name: context.add_to_history(name, "user", content))
+
+
+async def _by_valkey_asyncio(case: Case, target: str) -> Figures:
+    import valkey.asyncio
+
+    from .floors import message
+
+    content = "x" * case.bytes
+    client: Any = valkey.asyncio.Valkey.from_url(target)
+    try:
+        return await _tasks(case, lambda name: client.rpush(name, message(content)))
+    finally:
+        await client.aclose()
+
+
+async def _tasks(case: Case, append: Callable[[str], Awaitable[Any]]) -> Figures:
+    await in_tasks(append, _names(case), _WARM_UP)
+    return Figures.of([await in_tasks(append, _names(case), Limit(case.seconds))])
 
 
 if __name__ == "__main__":
