@@ -9,16 +9,35 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Final
 
 from . import bytes_written, files, growth, libraries, listing, memory, startup, valkey_async, valkey_sync
-from .measure import ALL, Run
+from .measure import Run
 from .page import all_figures, publish
 from .results import Report, Results, this_machine
 
-_REGISTERED = (valkey_async, valkey_sync, files, memory, growth, bytes_written, startup, listing, libraries)
+BENCHMARKS: Final[dict[str, Callable[[Run], None]]] = {
+    "memory": memory.memory,
+    "file-sync": files.one_thread,
+    "file-exclusive": files.exclusive,
+    "file-threads": files.many_threads,
+    "file-async": files.many_tasks,
+    "file-turn": files.turn,
+    "valkey-sync": valkey_sync.operations,
+    "valkey-turn": valkey_sync.turn,
+    "valkey-async": valkey_async.many_tasks,
+    "growth": growth.growth,
+    "bytes": bytes_written.bytes_written,
+    "cache": startup.cache,
+    "startup": startup.startup,
+    "listing": listing.listing,
+    "libraries": libraries.libraries,
+}
+"""By name, in the order of the pages. The first line of a docstring says what is measured."""
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -28,7 +47,7 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few short rounds, to see that everything works")
-    parser.add_argument("--only", type=_names, metavar="NAME[,NAME]", help=f"run only these: {', '.join(ALL)}")
+    parser.add_argument("--only", type=_names, metavar="NAME[,NAME]", help=f"run only these: {', '.join(BENCHMARKS)}")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), metavar="FOLDER",
                         help="where the results are kept (default: build/benchmarks)")  # fmt: skip
     parser.add_argument("--disk", type=Path, metavar="FOLDER",
@@ -45,7 +64,7 @@ def main() -> None:
         _draw(results, _DOCS)
         return
     results = Results(this_machine(), options.quick)
-    for name in options.only or ALL:
+    for name in options.only or BENCHMARKS:
         results.reports.append(_measured(name, options.quick, options.disk))
     results.save(options.output / "partial.json" if options.only or options.quick else complete)
     (options.output / "figures.md").write_text(all_figures(results))
@@ -56,8 +75,8 @@ def main() -> None:
 def _names(argument: str) -> list[str]:
     names = argument.split(",")
     for name in names:
-        if name not in ALL:
-            raise argparse.ArgumentTypeError(f"unknown benchmark {name!r}: choose from {', '.join(ALL)}")
+        if name not in BENCHMARKS:
+            raise argparse.ArgumentTypeError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
     return names
 
 
@@ -71,7 +90,7 @@ def _draw(results: Results, folder: Path) -> None:
 
 
 def _measured(name: str, quick: bool, disk: Path | None) -> Report:
-    function = ALL[name]
+    function = BENCHMARKS[name]
     report = Report(name, (function.__doc__ or "").strip())
     print(f"{name}: {report.about}", flush=True)
     folder = Path(mkdtemp(prefix="agentstate-bench-", dir=disk))

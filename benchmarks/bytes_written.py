@@ -9,13 +9,12 @@ from agentstate import SyncConversationContext, ValkeyStorage
 from . import floors
 from .counting import CountingFileSystem, written
 from .files import sync_context
-from .measure import SIZES, Run, benchmark
+from .measure import SIZES, Run
 from .messages import TEXT
 from .peers import FILE_PEERS, opened
 from .servers import start_server
 
 
-@benchmark("bytes")
 def bytes_written(run: Run) -> None:
     """What an append writes: to files, to the disk, and to the server's append-only file."""
     message = len(floors.message())

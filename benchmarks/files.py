@@ -12,7 +12,7 @@ from agentstate import ConversationContext, FileStorage, SyncConversationContext
 
 from . import floors
 from .counting import CountingFileSystem
-from .measure import SIZES, Round, Run, benchmark, repeated
+from .measure import SIZES, Round, Run, repeated
 from .messages import TEXT, content_of, one_turn, prepare_turn
 from .sampling import Limit, Sample, in_tasks, in_threads
 
@@ -25,7 +25,6 @@ def sync_context(run: Run, folder: Path, **options: Any) -> SyncConversationCont
     return run.closing(SyncConversationContext(FileStorage(folder, **options)))
 
 
-@benchmark("file-sync")
 def one_thread(run: Run) -> None:
     """One thread and one conversation: appends that wait for the disk, appends that do not, and reads."""
     for compare in (_flushed_append, _unflushed_append, _read):
@@ -80,7 +79,6 @@ def _read(run: Run, size: int) -> None:
     run.row("files", "read of the last 10", run.compare(cases), OURS, FULL, size=size)
 
 
-@benchmark("file-async")
 def many_tasks(run: Run) -> None:
     """Many conversations at a time over asyncio, `fsync: always`: all appends that are waiting share a flush."""
     runner = run.stack.enter_context(asyncio.Runner())
@@ -113,7 +111,6 @@ def _in_tasks(runner: asyncio.Runner, call: Callable[[str], Awaitable[None]], na
     return runner.run(in_tasks(call, names, limit))
 
 
-@benchmark("file-threads")
 def many_threads(run: Run) -> None:
     """Threads that append to a conversation each, `fsync: always`, against one thread."""
     context = sync_context(run, run.folder("ours"))
@@ -131,7 +128,6 @@ def many_threads(run: Run) -> None:
         )  # fmt: skip
 
 
-@benchmark("file-exclusive")
 def exclusive(run: Run) -> None:
     """`exclusive: true`, `fsync: no`: the store of one process, written when the system decides to."""
     for size in SIZES:
@@ -153,7 +149,6 @@ def _exclusive_append(run: Run, size: int) -> None:
     )  # fmt: skip
 
 
-@benchmark("turn-file")
 def turn(run: Run) -> None:
     """The agent turn on files, against one append of as many bytes and its flush."""
     system = CountingFileSystem()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from agentstate import FileStorage, InMemoryStorage, StateStorage, SyncConversationContext, ValkeyStorage
 
-from .measure import Round, Run, benchmark
+from .measure import Round, Run
 from .messages import TEXT
 from .sampling import Limit, Sample, in_sequence
 from .servers import start_server
@@ -29,10 +29,10 @@ OPERATIONS: dict[str, Operation] = {
     ),
 }
 SHORT = 10
+VARIABLES = {"theme": "dark", "language": "en", "turns": 0}
 _WHY_COLD = "the first read of a long file looks for its last checkpoint, which a short file does not have"
 
 
-@benchmark("growth")
 def growth(run: Run) -> None:
     """Operations on 100,000 messages against 10; warm, and cold: by a storage object that has read nothing yet."""
     length = run.count(100_000, 2_000)
@@ -46,8 +46,9 @@ def growth(run: Run) -> None:
     for backend, make in backends.items():
         context = run.closing(SyncConversationContext(make()))
         run.say(f"{backend}: adding {length:,} messages")
-        fill(context, "short", SHORT)
-        fill(context, "long", length)
+        context.set_variables("long", VARIABLES)
+        for _ in range(length):
+            context.add_to_history("long", "user", TEXT)
         pair = Pair(context)
         for name, operation in OPERATIONS.items():
             cases = {kind: pair.warm(kind, operation) for kind in ("long", "short")}
@@ -60,13 +61,6 @@ def growth(run: Run) -> None:
 def _compare(run: Run, where: str, name: str, cases: dict[str, Round], why: str) -> None:
     measured = run.compare(cases, seconds=0.03)
     run.row(where, name, measured, "long", "short", at_most=1.2, against=f"{SHORT} messages", why=why)
-
-
-def fill(context: SyncConversationContext, name: str, length: int) -> None:
-    """A conversation of so many messages, as appends leave it, with some variables."""
-    context.set_variables(name, {"theme": "dark", "language": "en", "turns": 0})
-    for _ in range(length):
-        context.add_to_history(name, "user", TEXT)
 
 
 class Pair:
@@ -114,5 +108,6 @@ class Pair:
         if kind == "long":
             return kind
         name = f"short-{next(self._numbers)}"
-        fill(self._context, name, SHORT)
+        self._context.set_variables(name, VARIABLES)
+        self._context.extend_history(name, [{"role": "user", "content": TEXT}] * SHORT)
         return name

@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from .measure import ALONE, AT_REST, BOTH, SIZES, Round, Run, benchmark, repeated
+from .measure import ALONE, BOTH, SIZES, Round, Run, repeated
 from .messages import content_of
 from .peers import FILE_PEERS, VALKEY_PEERS, OurFiles, OurUnflushedFiles, OurValkey, Peer, opened
+from .results import AT_REST
 from .sampling import Figures
 from .servers import start_server
 
@@ -18,7 +19,6 @@ _LENGTHS = (10, 100, 1000, 10_000, 100_000)
 _OPERATIONS = {"append": "append", "read": "read of the last 10"}
 
 
-@benchmark("libraries")
 def libraries(run: Run) -> None:
     """Appends, and reads of the last ten messages, as messages and conversations grow."""
     server = start_server(run)

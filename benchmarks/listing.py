@@ -10,14 +10,13 @@ from typing import Any
 from agentstate import ConversationContext, FileStorage, StateStorage, SyncConversationContext, ValkeyStorage
 
 from .counting import resident_megabytes
-from .measure import Run, benchmark
+from .measure import Run
 from .servers import start_server
 
 GAP = 20.0
 """Seconds between the old contexts and the others: more than a cleanup takes, since contexts age during it."""
 
 
-@benchmark("listing")
 def listing(run: Run) -> None:
     """List 100,000 contexts, and clean up the tenth of them that is old. Measured once, at rest."""
     count = run.count(100_000, 2_000)

@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 from typing import Final, Protocol, TypeVar
 
 from .neighbours import busy_neighbours
-from .results import Comparison, Count, Line, Report, Row
+from .results import AT_REST, BUSY, Comparison, Count, Line, Report, Row
 from .sampling import Figures, Limit, Sample, in_sequence
 
 
@@ -33,8 +33,6 @@ Conditions = Mapping[str, Callable[[], AbstractContextManager[object]]]
 Measured = Mapping[str, Mapping[str, list[Sample]]]
 """The rounds by condition and contender."""
 
-AT_REST: Final = "at rest"
-BUSY: Final = "busy"
 ALONE: Final[Conditions] = {AT_REST: nullcontext}
 BOTH: Final[Conditions] = {**ALONE, BUSY: busy_neighbours}
 
@@ -127,17 +125,3 @@ def _compared(ours: list[Sample], theirs: list[Sample]) -> Comparison:
     ratios = [a.cost / b.cost for a, b in zip(ours, theirs, strict=True)]
     low, _, high = quantiles(ratios, n=4, method="inclusive")
     return Comparison(Figures.of(ours), Figures.of(theirs), median(ratios), (low, high))
-
-
-Benchmark = Callable[[Run], None]
-ALL: dict[str, Benchmark] = {}
-
-
-def benchmark(name: str) -> Callable[[Benchmark], Benchmark]:
-    """Register a function as the benchmark of this name. Its docstring says what it measures."""
-
-    def register(function: Benchmark) -> Benchmark:
-        ALL[name] = function
-        return function
-
-    return register

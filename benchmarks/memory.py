@@ -9,7 +9,7 @@ from typing import Any
 
 from agentstate import InMemoryStorage, SyncConversationContext
 
-from .measure import SIZES, Run, benchmark, repeated
+from .measure import SIZES, Run, repeated
 from .messages import TEXT, content_of, one_turn, prepare_turn
 from .sampling import Limit, Sample, in_sequence
 
@@ -49,7 +49,6 @@ class Plain:
         self._contexts.pop(context_id, None)
 
 
-@benchmark("memory")
 def memory(run: Run) -> None:
     """Single operations and the agent turn in memory."""
     context = SyncConversationContext(InMemoryStorage())

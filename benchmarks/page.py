@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from .measure import AT_REST, BUSY, SIZES, size_name
-from .results import Comparison, Count, Results, Row
+from .measure import SIZES, size_name
+from .results import AT_REST, BUSY, Comparison, Count, Results, Row
 from .sampling import Figures
 
 _BLOCK: Final = re.compile(r"(<!-- results: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -107,7 +107,7 @@ def _missed(results: Results) -> str:
             ]
             for row in rows
         ),
-        *([count.what, "", _value(count), f"at most {_number(count.at_most)}", count.why] for count in counts),
+        *([count.what, "", _value(count), _largest(count), count.why] for count in counts),
     ]  # fmt: skip
     return _table("operation|against|measured|target|why", lines) if lines else "No target is missed."
 
@@ -164,10 +164,8 @@ def _target(at_most: float | None) -> str:
 
 
 def _met(row: Row) -> str:
-    if row.at_most is None:
-        return ""
     missed = row.missed()
-    return "yes" if not missed else "**no**" if AT_REST in missed else f"**not {', not '.join(missed)}**"
+    return "**no**" if AT_REST in missed else "**not when busy**" if missed else "yes"
 
 
 def _work(row: Row) -> str:
@@ -177,20 +175,31 @@ def _work(row: Row) -> str:
 
 def _row_lines(row: Row) -> Iterator[list[str]]:
     for condition, found in row.conditions.items():
-        low, high = (in_words(ratio) for ratio in found.quartiles)
-        met = ("**no**" if condition in row.missed() else "yes") if row.at_most is not None else ""
+        judged = row.at_most is not None and condition in (AT_REST, BUSY)
         yield [
-            _work(row), row.against, condition, _figures(found.ours, row), _figures(found.theirs, row),
-            f"{in_words(found.ratio)} ({low} to {high})", _target(row.at_most), met,
+            _work(row), row.against, condition, _figures(found.ours, row), _figures(found.theirs, row), _ratio(found),
+            _target(row.at_most) if judged else "",
+            "" if not judged else "**no**" if condition in row.missed() else "yes",
         ]  # fmt: skip
 
 
+def _ratio(found: Comparison) -> str:
+    """The ratio and its quartiles."""
+    low, high = found.quartiles
+    if low < 1 < high:
+        return f"{in_words(found.ratio)} ({in_words(low)} to {in_words(high)})"
+    if high < 1:
+        low, high = 1 / high, 1 / low
+    return f"{in_words(found.ratio)} ({_number(low)} to {_number(high)})"
+
+
 def _count_line(count: Count) -> list[str]:
-    if count.at_most is None:
-        target, met = "", ""
-    else:
-        target, met = f"at most {_number(count.at_most)}", "**no**" if count.missed() else "yes"
-    return [count.what, _value(count), target, met]
+    met = "" if count.at_most is None else "**no**" if count.missed() else "yes"
+    return [count.what, _value(count), _largest(count), met]
+
+
+def _largest(count: Count) -> str:
+    return "" if count.at_most is None else f"at most {_number(count.at_most)} {count.unit}"
 
 
 def _value(count: Count) -> str:
@@ -210,9 +219,8 @@ def _duration(seconds: float) -> str:
     return f"{_number(seconds * 1e6)} µs"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float) -> str:
     """Three digits, or all of a whole number."""
-    assert value is not None
     if value == int(value) or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

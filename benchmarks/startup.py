@@ -13,8 +13,9 @@ from typing import Final
 
 import agentstate
 
-from .measure import AT_REST, Round, Run, benchmark
+from .measure import Round, Run
 from .messages import TEXT
+from .results import AT_REST
 from .sampling import Limit, Sample
 
 _ENVIRONMENT: Final = {
@@ -42,7 +43,6 @@ print(int(status["VmRSS"].split()[0]), ",".join(loaded))
 _UNWANTED: Final = ("asyncio", "valkey", "yaml", "filelock", "dataclasses_json")
 
 
-@benchmark("startup")
 def startup(run: Run) -> None:
     """`import agentstate` and one operation in a new process, against an interpreter that does nothing."""
     programs = {_BARE: "pass", "memory": _MEMORY, "files": _FILE.format(folder=str(run.folder()))}
@@ -60,7 +60,7 @@ def startup(run: Run) -> None:
         run.counted(f"{what}: added time", added, "ms", at_most=25 if targets else None)
         run.counted(f"{what}: added memory", sizes[name] - sizes[_BARE], "MB", at_most=6 if targets else None)
         run.counted(
-            f"{what}: of {', '.join(_UNWANTED)} are imported", len(loaded[name]), "modules",
+            f"{what}: imports of {', '.join(_UNWANTED)}", len(loaded[name]), "modules",
             at_most=0 if targets else None, note=", ".join(loaded[name]),
         )  # fmt: skip
 
@@ -101,7 +101,6 @@ print(json.dumps(points))
 """
 
 
-@benchmark("cache")
 def cache(run: Run) -> None:
     """Memory that the file backend keeps for conversations it has read: no more than `cache_bytes`."""
     count = run.count(10_000, 500)

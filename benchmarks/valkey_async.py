@@ -12,8 +12,9 @@ from typing import Any, Final, NamedTuple
 from agentstate import ConversationContext, ValkeyStorage
 
 from . import floors
-from .measure import AT_REST, SIZES, Measured, Round, Run, benchmark
+from .measure import SIZES, Measured, Round, Run
 from .messages import content_of
+from .results import AT_REST
 from .sampling import Figures, Limit, Sample, in_tasks
 from .servers import start_server
 
@@ -35,7 +36,6 @@ class Client(NamedTuple):
     read: Callable[[str], Awaitable[Any]]
 
 
-@benchmark("valkey-async")
 def many_tasks(run: Run) -> None:
     """Calls by N conversations at a time, each of which waits for its last call, against one command a call."""
     server = start_server(run)
@@ -155,7 +155,9 @@ def _glide(port: int, runner: asyncio.Runner) -> Client | None:
         from glide import GlideClient, GlideClientConfiguration, NodeAddress
     except ImportError:
         return None
-    configuration = GlideClientConfiguration([NodeAddress("127.0.0.1", port)], inflight_requests_limit=5000)
+    configuration = GlideClientConfiguration(
+        [NodeAddress("127.0.0.1", port)], inflight_requests_limit=5000, request_timeout=60_000
+    )
     client = runner.run(GlideClient.create(configuration))
     return Client(
         lambda content, name: client.rpush(f"glide:{name}", [floors.message(content)]),

@@ -11,9 +11,10 @@ import valkey
 from agentstate import SyncConversationContext, ValkeyStorage
 
 from . import floors
-from .measure import AT_REST, BUSY, SIZES, Conditions, Run, benchmark, repeated
+from .measure import SIZES, Conditions, Run, repeated
 from .messages import TEXT, content_of, one_turn, prepare_turn
 from .neighbours import busy_neighbours
+from .results import AT_REST, BUSY
 from .servers import Counter, placed, start_server
 
 OURS, RAW = "agentstate", "valkey-py"
@@ -33,7 +34,6 @@ class Operation(NamedTuple):
     trips: int = 1
 
 
-@benchmark("valkey-sync")
 def operations(run: Run) -> None:
     """Each documented operation against one command of valkey-py, and its round trips."""
     server = start_server(run)
@@ -150,7 +150,6 @@ def _operations(context: SyncConversationContext, client: Any) -> list[Operation
     ]  # fmt: skip
 
 
-@benchmark("turn-valkey")
 def turn(run: Run) -> None:
     """The agent turn against two pipelines of valkey-py, and its round trips."""
     server = start_server(run)
