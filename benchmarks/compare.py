@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -149,7 +149,7 @@ def _lines(case: Case, condition: str, runs: dict[str, list[Figures]]) -> Iterat
         ])  # fmt: skip
 
 
-def _table_line(cells: Iterator[object] | list[Any] | tuple[str, ...]) -> str:
+def _table_line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 

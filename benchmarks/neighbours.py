@@ -22,14 +22,14 @@ while time.monotonic() < end and os.getppid() == parent:
 
 
 @contextmanager
-def busy_neighbours() -> Iterator[None]:
+def busy_neighbours() -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run the neighbours during the block. `RuntimeError` if one of them ended before the block did."""
     with ExitStack() as stack:
         neighbours = [stack.enter_context(_neighbour()) for _ in range(COUNT)]
         for neighbour in neighbours:
             assert neighbour.stdout is not None
             neighbour.stdout.readline()
-        yield
+        yield neighbours
         if any(neighbour.poll() is not None for neighbour in neighbours):
             raise RuntimeError(f"a busy neighbour ended during the measurement: it lives {LIFETIME:g} s at most")
 
