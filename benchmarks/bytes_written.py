@@ -19,7 +19,7 @@ def bytes_written(run: Run) -> None:
     """What an append writes: to files, to the disk, and to the server's append-only file."""
     message = len(floors.message())
     run.counted(f"a message of {SIZES[0]} bytes as JSON", message, "bytes")
-    count = run.count(10_000, 200)
+    count = run.amount(10_000, 200)
     for fsync, total in (("no", count), ("always", count // 10)):
         system = CountingFileSystem()
         context = sync_context(run, run.folder("ours"), file_system=system, fsync=fsync)
@@ -32,7 +32,7 @@ def bytes_written(run: Run) -> None:
         run.counted(f"{where}, locks included", io["wchar"] / total, "bytes")
         run.counted(f"{where}, at the disk", io["write_bytes"] / total, "bytes")
     _variables(run)
-    _server(run, run.count(2000, 100))
+    _server(run, run.amount(2000, 100))
     _growing(run)
 
 
@@ -43,7 +43,7 @@ def _variables(run: Run) -> None:
         context.add_to_history("one", "user", TEXT)
         context.set_variable("one", f"key-{number % 20}", TEXT)
     system.reset()
-    count = run.count(5000, 100)
+    count = run.amount(5000, 100)
     for number in range(count):
         context.set_variable("one", f"key-{number % 20}", TEXT)
     run.counted(f"files: written by a set_variable of {SIZES[0]} bytes", system.bytes / count, "bytes")
@@ -70,7 +70,7 @@ def _server(run: Run, count: int) -> None:
 
 def _growing(run: Run) -> None:
     """Bytes written for each message, after so many appends."""
-    lengths = [length for length in (1, 10, 30, 100, 300, 1000) if length <= run.count(1000, 30)]
+    lengths = [length for length in (1, 10, 30, 100, 300, 1000) if length <= run.amount(1000, 30)]
     for make in FILE_PEERS:
         with opened(run, make) as peer:
             if peer is None:

@@ -30,12 +30,12 @@ OPERATIONS: dict[str, Operation] = {
 }
 SHORT = 10
 VARIABLES = {"theme": "dark", "language": "en", "turns": 0}
-_WHY_COLD = "the first read of a long file looks for its last checkpoint, which a short file does not have"
+_WHY_COLD_FILES = "the first read of a long file looks for its last checkpoint, which a short file does not have"
 
 
 def growth(run: Run) -> None:
     """Operations on 100,000 messages against 10; warm, and cold: by a storage object that has read nothing yet."""
-    length = run.count(100_000, 2_000)
+    length = run.amount(100_000, 2_000)
     server = start_server(run)
     folder = run.folder()
     backends: dict[str, MakeStorage] = {
@@ -52,14 +52,15 @@ def growth(run: Run) -> None:
         pair = Pair(context)
         for name, operation in OPERATIONS.items():
             cases = {kind: pair.warm(kind, operation) for kind in ("long", "short")}
-            _compare(run, f"{backend}, warm", f"{name}, {length:,} messages", cases, "")
+            _compare(run, f"{backend}, warm", f"{name}, {length:,} messages", cases)
         for name, operation in OPERATIONS.items() if backend != "memory" else ():
             cases = {kind: pair.cold(kind, operation, make) for kind in ("long", "short")}
-            _compare(run, f"{backend}, cold", f"{name}, {length:,} messages", cases, _WHY_COLD)
+            _compare(run, f"{backend}, cold", f"{name}, {length:,} messages", cases)
 
 
-def _compare(run: Run, where: str, name: str, cases: dict[str, Round], why: str) -> None:
+def _compare(run: Run, where: str, name: str, cases: dict[str, Round]) -> None:
     measured = run.compare(cases, seconds=0.03)
+    why = _WHY_COLD_FILES if where.startswith("files") and where.endswith("cold") else ""
     run.row(where, name, measured, "long", "short", at_most=1.2, against=f"{SHORT} messages", why=why)
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from .measure import ALONE, BOTH, SIZES, Round, Run, repeated
+from .measure import ALONE, SIZES, Round, Run, repeated
 from .messages import content_of
 from .peers import FILE_PEERS, VALKEY_PEERS, OurFiles, OurUnflushedFiles, OurValkey, Peer, opened
 from .results import AT_REST
@@ -16,7 +16,7 @@ from .servers import start_server
 LENGTH = 100
 """Messages in the conversation, where sizes are compared."""
 _LENGTHS = (10, 100, 1000, 10_000, 100_000)
-_OPERATIONS = {"append": "append", "read": "read of the last 10"}
+_OPERATIONS = {"read": "read of the last 10", "append": "append"}
 
 
 def libraries(run: Run) -> None:
@@ -33,17 +33,22 @@ def _sizes(run: Run, server: Any, medium: str, group: tuple[type[Peer], ...], si
     with ExitStack() as stack:
         peers = _filled(run, server, group, LENGTH, content_of(size), stack)
         for work, shown in _OPERATIONS.items():
-            measured = run.compare(_cases(peers, work), seconds=0.05, size=size, calls=LENGTH // 10, conditions=BOTH)
-            for name in peers:
-                against = next(make for make in group if make.name == name)
-                if against not in (OurFiles, OurUnflushedFiles, OurValkey):
+            # Few appends, so that the conversation remains about as long as it was.
+            measured = run.compare(_cases(peers, work), seconds=0.05, size=size, calls=5 if work == "append" else None)
+            for make in group:
+                if make.name in peers and make not in _OURS:
+                    remark = f" ({make.remark})" if make.remark else ""
                     run.row(
-                        f"{medium}, {LENGTH} messages", shown, measured, _ours(medium, against).name, name, size=size
-                    )
+                        medium, shown, measured, _ours(medium, make).name, make.name, size=size,
+                        against=f"{make.name}{remark}",
+                    )  # fmt: skip
+
+
+_OURS = (OurFiles, OurUnflushedFiles, OurValkey)
 
 
 def _ours(medium: str, against: type[Peer]) -> type[Peer]:
-    """The one of ours that promises what the other one does."""
+    """The one of ours that waits for the disk if the other one does."""
     if medium == "Valkey":
         return OurValkey
     return OurFiles if against.flushes else OurUnflushedFiles
@@ -51,7 +56,7 @@ def _ours(medium: str, against: type[Peer]) -> type[Peer]:
 
 def _lengths(run: Run, server: Any, medium: str, group: tuple[type[Peer], ...]) -> None:
     points: dict[tuple[str, str], dict[float, float]] = {}
-    for length in (length for length in _LENGTHS if length <= run.count(_LENGTHS[-1], 100)):
+    for length in (length for length in _LENGTHS if length <= run.amount(_LENGTHS[-1], 100)):
         with ExitStack() as stack:
             peers = _filled(run, server, group, length, content_of(SIZES[0]), stack)
             for work in _OPERATIONS:

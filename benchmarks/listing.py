@@ -19,14 +19,13 @@ GAP = 20.0
 
 def listing(run: Run) -> None:
     """List 100,000 contexts, and clean up the tenth of them that is old. Measured once, at rest."""
-    count = run.count(100_000, 2_000)
+    count = run.amount(100_000, 2_000)
     server = start_server(run)
-    _one_backend(run, "Valkey", ValkeyStorage(server.url), count, server)
-    _one_backend(run, "files, fsync: no", FileStorage(run.folder(), fsync="no"), count, None)
+    _one_backend(run, "Valkey", run.closing(ValkeyStorage(server.url)), count, server)
+    _one_backend(run, "files, fsync: no", run.closing(FileStorage(run.folder(), fsync="no")), count, None)
 
 
 def _one_backend(run: Run, backend: str, storage: StateStorage, count: int, server: Any) -> None:
-    run.stack.callback(storage.close)
     run.say(f"{backend}: making {count:,} contexts")
     old = count // 10
     asyncio.run(_make(storage, range(old)))

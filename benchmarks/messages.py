@@ -27,10 +27,10 @@ def prepare_turn(context: SyncConversationContext) -> None:
 
 
 def one_turn(context: SyncConversationContext) -> None:
-    """Read 5 messages and 2 variables; write 2 messages, 1 variable and 1 metadata value in one commit."""
+    """Read 5 messages and the variables; write 2 messages, 1 variable and 1 metadata value in one commit."""
     state = context.get_state("turn", history_limit=5)
     assert state is not None
-    language, _ = state.variables["language"], state.variables["theme"]
+    language = state.variables["language"]
     with context.batch("turn") as batch:
         batch.add_to_history("user", TEXT)
         batch.add_to_history("agent", TEXT)

@@ -16,6 +16,8 @@ from .results import AT_REST, BUSY, Comparison, Count, Results, Row
 from .sampling import Figures
 
 _BLOCK: Final = re.compile(r"(<!-- results: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SIZED: Final = ("append", "read of the last 10")
+"""The operations that are measured with messages of several sizes."""
 _LIBRARIES: Final = "libraries"
 """The benchmark whose rows have a table of their own."""
 
@@ -60,21 +62,23 @@ def made_on(results: Results) -> str:
 
 def _costs(results: Results) -> str:
     """Our medians by backend, operation and size."""
-    operations = ("append", "read of the last 10")
     costs: dict[tuple[str, str], dict[tuple[str, int], Figures]] = {}
     for report in results.reports:
         for row in report.rows:
-            if report.name != _LIBRARIES and row.size is not None and row.operation in operations:
+            if report.name != _LIBRARIES and row.size is not None and row.operation in _SIZED:
                 for condition in (AT_REST, BUSY):
                     cells = costs.setdefault((row.where, condition), {})
                     cells.setdefault((row.operation, row.size), row.conditions[condition].ours)
-    columns = [(operation, size) for operation in operations for size in SIZES]
+    columns = [(operation, size) for operation in _SIZED for size in SIZES]
     lines = (
         [where, condition, *(_duration(cells[column].median) if column in cells else "" for column in columns)]
         for (where, condition), cells in costs.items()
     )
-    heads = "|".join(f"{operation}, {size_name(size)}" for operation, size in columns)
-    return _table(f"backend||{heads}", lines)
+    return _table(f"backend||{_column_heads(columns)}", lines)
+
+
+def _column_heads(columns: Iterable[tuple[str, int]]) -> str:
+    return "|".join(f"{operation}, {size_name(size)}" for operation, size in columns)
 
 
 def _targets(results: Results) -> str:
@@ -115,20 +119,14 @@ def _missed(results: Results) -> str:
 def _libraries(results: Results) -> str:
     """What other libraries take for the same, and how ours compares."""
     rows = [row for report in results.reports if report.name == _LIBRARIES for row in report.rows]
-    columns = list(dict.fromkeys((row.operation, row.size) for row in rows))
-    cells: dict[tuple[str, str, str], dict[tuple[str, int | None], Comparison]] = {}
+    cells: dict[tuple[str, str, str], dict[tuple[str, int | None], str]] = {}
     for row in rows:
         for condition, found in row.conditions.items():
-            cells.setdefault((row.against, row.where, condition), {})[row.operation, row.size] = found
-    lines = (
-        [
-            library, where, condition,
-            *(f"{_duration(found[column].theirs.median)}; ours {in_words(found[column].ratio)}" for column in columns),
-        ]
-        for (library, where, condition), found in cells.items()
-    )  # fmt: skip
-    heads = "|".join(f"{operation}, {size_name(size or 0)}" for operation, size in columns)
-    return _table(f"library|medium||{heads}", lines)
+            shown = f"{_duration(found.theirs.median)}; ours {in_words(found.ratio)}"
+            cells.setdefault((row.where, row.against, condition), {})[row.operation, row.size] = shown
+    columns = [(operation, size) for operation in _SIZED for size in SIZES]
+    lines = ([*key, *(found.get(column, "") for column in columns)] for key, found in cells.items())
+    return _table(f"medium|library||{_column_heads(columns)}", lines)
 
 
 def _counts(results: Results) -> str:

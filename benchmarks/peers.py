@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -22,8 +23,8 @@ class Peer(ABC):
     """One conversation, kept by one library."""
 
     name: ClassVar[str]
-    durability: ClassVar[str]
-    """What an append has survived when it returns."""
+    remark: ClassVar[str] = ""
+    """What a reader should know to compare it with ours."""
     flushes: ClassVar[bool] = False
     """Whether an append waits for the disk."""
     most: ClassVar[int] = 10_000
@@ -77,7 +78,6 @@ class _Ours(Peer):
 
 class OurFiles(_Ours):
     name = "agentstate, files"
-    durability = "flushed before the call returns"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
@@ -86,7 +86,6 @@ class OurFiles(_Ours):
 
 class OurUnflushedFiles(_Ours):
     name = "agentstate, files, fsync: no"
-    durability = "survives kill -9, not power loss"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
@@ -95,7 +94,6 @@ class OurUnflushedFiles(_Ours):
 
 class OurValkey(_Ours):
     name = "agentstate, Valkey"
-    durability = "as the server"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
@@ -118,12 +116,8 @@ class _AgentUp(Peer):
     def fill(self, length: int) -> None:
         async def work() -> None:
             state = await self._context.get_or_create("one")
-            message = {
-                "role": "user",
-                "content": self.content,
-                "timestamp": "2025-01-01T00:00:00+00:00",
-                "metadata": {},
-            }
+            now = "2025-01-01T00:00:00+00:00"
+            message = {"role": "user", "content": self.content, "timestamp": now, "metadata": {}}
             state.history = [dict(message) for _ in range(length)]
             await self._context.storage.set(state)
 
@@ -139,7 +133,7 @@ class _AgentUp(Peer):
 class AgentUpFiles(_AgentUp):
     name = "AgentUp, files"
     flushes = True
-    durability = "the file is flushed, its folder is not; no lock between processes"
+    remark = "keeps 100 messages; flushes the file, not its folder; no lock between processes"
 
     def storage(self, module: Any, url: str) -> Any:
         return module.FileStorage(str(self.run.folder("agentup")))
@@ -147,7 +141,7 @@ class AgentUpFiles(_AgentUp):
 
 class AgentUpValkey(_AgentUp):
     name = "AgentUp, Valkey"
-    durability = "as the server; concurrent writers overwrite each other"
+    remark = "keeps 100 messages; concurrent writers overwrite each other"
 
     def storage(self, module: Any, url: str) -> Any:
         storage = module.ValkeyStorage(url, key_prefix="agentup-peer:")
@@ -174,7 +168,7 @@ def _agentup() -> Any:
 
 class LangChainFiles(Peer):
     name = "LangChain FileChatMessageHistory"
-    durability = "not flushed; rewritten in place, so that a crash can lose the conversation"
+    remark = "not flushed; rewritten in place, so that a crash can lose the conversation"
 
     def open(self, url: str) -> None:
         from langchain_community.chat_message_histories import FileChatMessageHistory
@@ -186,8 +180,6 @@ class LangChainFiles(Peer):
         self._history = FileChatMessageHistory(str(self._path))
 
     def fill(self, length: int) -> None:
-        import json
-
         self._path.write_text(json.dumps(self._as_dicts([self._message(content=self.content)] * length)))
 
     def append(self) -> None:
@@ -199,7 +191,6 @@ class LangChainFiles(Peer):
 
 class LangChainRedis(Peer):
     name = "LangChain RedisChatMessageHistory"
-    durability = "as the server"
 
     def open(self, url: str) -> None:
         from langchain_community.chat_message_histories import RedisChatMessageHistory
@@ -236,7 +227,7 @@ class _OpenAI(Peer):
 class OpenAISQLite(_OpenAI):
     name = "openai-agents SQLiteSession"
     flushes = True
-    durability = "flushed before the call returns (WAL, synchronous=FULL)"
+    remark = "flushed: WAL, synchronous=FULL"
 
     def open(self, url: str) -> None:
         from agents import SQLiteSession
@@ -248,7 +239,6 @@ class OpenAISQLite(_OpenAI):
 
 class OpenAIRedis(_OpenAI):
     name = "openai-agents RedisSession"
-    durability = "as the server"
 
     def open(self, url: str) -> None:
         from agents.extensions.memory import RedisSession
@@ -260,7 +250,7 @@ class OpenAIRedis(_OpenAI):
 
 class Strands(Peer):
     name = "Strands FileSessionManager"
-    durability = "not flushed; one file for each message"
+    remark = "not flushed; one file for each message"
     most = 1000
 
     def open(self, url: str) -> None:

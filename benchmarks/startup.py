@@ -103,7 +103,7 @@ print(json.dumps(points))
 
 def cache(run: Run) -> None:
     """Memory that the file backend keeps for conversations it has read: no more than `cache_bytes`."""
-    count = run.count(10_000, 500)
+    count = run.amount(10_000, 500)
     for megabytes in (32, 4):
         program = _TOUCH.format(folder=str(run.folder()), cache=megabytes << 20, count=count, text=TEXT)
         points = {float(number): added for number, added in json.loads(_run(program)).items()}

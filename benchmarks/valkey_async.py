@@ -68,7 +68,7 @@ def _compare(
         for client in clients.values():
             client.round("append", names * 10, size)(Limit(0))
     cases = {name: client.round(operation, names, size) for name, client in clients.items()}
-    measured = run.compare(cases, seconds=0.15 if conversations < 200 else 0.25, size=size, rounds=7)
+    measured = run.compare(cases, seconds=0.15 if conversations < 200 else 0.25, size=size, rounds=11)
     shown = {"append": "append", "read": "read of the last 10"}[operation]
     if conversations > 1:
         shown += f", {conversations:,} conversations"

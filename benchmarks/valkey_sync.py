@@ -76,7 +76,7 @@ def _compare(run: Run, operation: Operation, conditions: Conditions, size: int |
         OURS: repeated(operation.ours, operation.prepare),
         RAW: repeated(operation.theirs, operation.prepare),
     }
-    measured = run.compare(cases, seconds=0.05, size=size or SIZES[0], conditions=conditions)
+    measured = run.compare(cases, seconds=0.08, size=size or SIZES[0], conditions=conditions)
     run.row(
         _WHERE, operation.name, measured, OURS, RAW, against=f"valkey-py {operation.command}", size=size,
         at_most=1.3 if size in (None, SIZES[0]) else None, why=_WHY,
