@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import parts
 import pytest
 import valkey
 from hypothesis import HealthCheck, settings
@@ -164,39 +165,22 @@ def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthori
         yield proxy
 
 
-EXHAUSTIVE = {
-    "": (
-        "tests/test_cli",
-        "tests/test_config_hostile.py",
-        "tests/test_docs.py",
-        "tests/test_document.py",
-        "tests/test_servers.py",
-    ),
-    "contracts": (
-        "tests/test_contract.py::TestFileDocument",
-        "tests/test_contract.py::TestFileLogExclusive",
-        "tests/test_contract.py::TestFileLogUnflushed",
-        "tests/test_contract.py::TestValkeyDocument",
-        "tests/test_third_party.py",
-    ),
-    "faults": (
-        "tests/test_file_faults.py",
-        "tests/test_file_format.py",
-        "tests/test_file_model.py",
-        "tests/test_transfer",
-        "tests/test_valkey_faults.py",
-        "tests/test_valkey_model.py",
-        "tests/test_valkey_topology.py",
-        "tests/torture/",
-    ),
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", choices=["python", "rest", *parts.PARTS], help="run only this part of the tests (tests/parts.py)"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what one Python is enough for, and which part of it that is."""
-    for item in items:
-        for part, beginnings in EXHAUSTIVE.items():
-            if item.nodeid.startswith(beginnings):
-                item.add_marker(pytest.mark.exhaustive)
-                if part:
-                    item.add_marker(part)
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files of other parts before they are imported."""
+    part = config.getoption("part")
+    if part is None or collection_path.suffix != ".py":
+        return None
+    return None if parts.is_in(part, collection_path.relative_to(parts.TESTS).as_posix()) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the classes of other parts."""
+    part = config.getoption("part")
+    if part is not None:
+        items[:] = [item for item in items if parts.is_in(part, item.nodeid.removeprefix("tests/"))]
