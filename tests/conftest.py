@@ -97,16 +97,28 @@ def valkey_server(request: pytest.FixtureRequest) -> ValkeyServer:
     return shared_server(request)
 
 
-@pytest.fixture(scope="session", params=["given"] if GIVEN_URL else VERSIONS)
-def valkey_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of each version in turn, or the one from the environment."""
-    if not GIVEN_URL:
-        yield shared_server(request).url
-        return
+@pytest.fixture(scope="session")
+def given_url() -> Iterator[str]:
+    """The URL from the environment. In the end, the keys of all tests are deleted there."""
+    assert GIVEN_URL is not None
     yield GIVEN_URL
     with valkey.Valkey.from_url(GIVEN_URL) as client:
         for key in client.scan_iter(match=f"*{SESSION_PREFIX}*", count=1000):
             client.unlink(key)
+
+
+@pytest.fixture(scope="session", params=["given"] if GIVEN_URL else VERSIONS)
+def valkey_url(request: pytest.FixtureRequest) -> str:
+    """The URL of each version in turn, or the one from the environment."""
+    url: str = request.getfixturevalue("given_url") if GIVEN_URL else shared_server(request).url
+    return url
+
+
+@pytest.fixture(scope="session")
+def any_valkey_url(request: pytest.FixtureRequest) -> str:
+    """The URL of one server, for what need not run on every version, or the one from the environment."""
+    url: str = request.getfixturevalue("given_url") if GIVEN_URL else request.getfixturevalue("valkey_9").url
+    return url
 
 
 @pytest.fixture
@@ -183,4 +195,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the classes of other parts."""
     part = config.getoption("part")
     if part is not None:
-        items[:] = [item for item in items if parts.is_in(part, item.nodeid.removeprefix("tests/"))]
+        chosen = [item for item in items if parts.is_in(part, item.nodeid.removeprefix("tests/"))]
+        config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+        items[:] = chosen
