@@ -34,8 +34,12 @@ SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
 PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
 
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("tests", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No deadline: how long an example takes depends on how busy the machine is. Every run draws other examples;
+# `tox -e examples` draws many at once, by `--hypothesis-profile`.
+settings.register_profile(
+    "tests", settings(), max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("many examples", settings.get_profile("tests"), max_examples=1000)
 settings.load_profile("tests")
 
 
@@ -164,8 +168,8 @@ def valkey_cluster() -> Iterator[ValkeyCluster]:
 
 
 @pytest.fixture(scope="session")
-def certificate_authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
-    return CertificateAuthority(tmp_path_factory.mktemp("certificates"))
+def certificate_authority() -> CertificateAuthority:
+    return CertificateAuthority()
 
 
 # Ended with its module because of its thread: from Python 3.12 on, a fork beside threads is a warning, here an error.

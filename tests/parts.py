@@ -45,7 +45,14 @@ PARTS: Final = {
         "test_valkey_topology.py",
     ),
     "commands": ("test_cli",),
-    "programs": ("test_docs.py", "test_examples.py", "test_reference.py", "test_servers.py", "torture/"),
+    "programs": (
+        "test_config_hostile.py",
+        "test_docs.py",
+        "test_examples.py",
+        "test_reference.py",
+        "test_servers.py",
+        "torture/",
+    ),
 }
 """How the names of the tests in each part begin. The part `rest` has all others."""
 
