@@ -115,7 +115,8 @@ def decode(text: bytes) -> Any:
 
 def check_digits(error: ValueError) -> None:
     """Raise StateSerializationError where JSON could not be read because of the process's limit for integers."""
-    if type(error) is ValueError:  # what is wrong with a text is a JSONDecodeError or UnicodeDecodeError
+    limited = 0 < sys.get_int_max_str_digits() < MAX_INTEGER_DIGITS
+    if limited and type(error) is ValueError:  # what is wrong with a text is a JSONDecodeError or UnicodeDecodeError
         raise StateSerializationError(
             f"a stored integer has more digits than this process reads ({sys.get_int_max_str_digits():,}): raise the "
             f"limit by sys.set_int_max_str_digits({MAX_INTEGER_DIGITS})"

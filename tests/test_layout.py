@@ -28,7 +28,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.engine",),
     ("agentstate.storage",),
     ("agentstate.storage.resolve",),
-    ("agentstate.codec", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
+    ("agentstate.codec", "agentstate.decoding", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
     ("agentstate.state",),
     ("agentstate.errors", "agentstate.records", "agentstate.version"),
 )

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from logging import getLogger
 from queue import Empty, SimpleQueue
 from time import monotonic_ns
 
@@ -17,6 +16,7 @@ from ..storage.base import PENDING, StateStorage, abandoned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from logging import Logger
     from typing import Any, Final, TypeAlias
 
     Outcomes: TypeAlias = list[Outcome | StateError]
@@ -26,8 +26,6 @@ IDLE_SECONDS: Final = 10.0
 
 _BUSY: Final[Any] = object()
 """Returned instead of an outcome where a call has to be queued."""
-
-_logger = getLogger("agentstate.engine")
 
 
 class Job:
@@ -512,9 +510,15 @@ def _deliver(job: Job) -> None:
         try:
             job.deliver()
         except Exception:
-            _logger.exception("an outcome could not be delivered")
+            _logger().exception("an outcome could not be delivered")
         else:
             return
+
+
+def _logger() -> Logger:
+    from logging import getLogger  # late: most programs never need it
+
+    return getLogger("agentstate.engine")
 
 
 def _work(reference: weakref.ref[Engine], requests: SimpleQueue[_Lane | None]) -> None:
@@ -534,7 +538,7 @@ def _work(reference: weakref.ref[Engine], requests: SimpleQueue[_Lane | None]) -
         engine = reference()
         if engine is not None:
             engine._end_worker(threading.current_thread())
-        _logger.exception("a worker thread failed, and is replaced")
+        _logger().exception("a worker thread failed, and is replaced")
 
 
 def _next_request(requests: SimpleQueue[_Lane | None]) -> _Lane | None:

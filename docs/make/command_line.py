@@ -1,6 +1,6 @@
 """The reference of all commands as Markdown, generated from the commands themselves.
 
-python docs/make/commands.py > docs/command-line.md
+python docs/make/command_line.py > docs/command-line.md
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ after the name of the command.
   `list --sort none`, 70 MB for `migrate` to a server, and 104 MB for `list`, which has to sort them; with Valkey 34 MB
   for `stats` and 82 MB for `list`. The process alone takes 26 MB, and the cache of files up to `cache_bytes` (32 MiB).
 
-This page is generated from the commands (`python docs/make/commands.py`).
+This page is generated from the commands (`python docs/make/command_line.py`).
 """
 
 
