@@ -22,11 +22,12 @@ from .caller import (
     put,
     state_changes,
 )
+from .engine import CallBack
+from .engine.renewal import keep_renewing
 from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
 from .records import new_tuple
-from .storage.renewal import keep_renewing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class Turn(Batch):
 
     def _give_back(self) -> None:
         """Give the lease back without waiting for it, where the code that would have waited was cancelled."""
-        self._caller.storage.dispatcher.submit((self._lease_step("release"),), lambda _: None)
+        self._caller._engine.submit(CallBack((self._lease_step("release"),), lambda _: None))
 
     def _release(self) -> Calls[None]:
         try:

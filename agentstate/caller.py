@@ -11,6 +11,7 @@ from itertools import count
 from math import inf
 
 from . import codec
+from .engine import engine_of
 from .errors import StateAccessError, StateConfigError
 from .keys import check_context_id, check_user_id
 from .operations import (
@@ -152,6 +153,7 @@ class Caller:
 
             storage = InMemoryStorage()
         self.storage = check_storage(storage)
+        self._engine = engine_of(self.storage)
         self.user_id = None if user_id is None else check_user_id(user_id)
         self._tag = "" if user_id is None else _tag(user_id)
         self._fences: dict[str, str] = {}

@@ -1,11 +1,11 @@
-"""An agent that remembers, served over A2A: a2a-sdk 1.x, Starlette and uvicorn around one @stateful handler.
+"""An agent with memory, served over A2A with a2a-sdk 1.x, Starlette and uvicorn.
 
     pip install "a2a-sdk[http-server]" uvicorn
     python examples/a2a_agent.py --port 9999
     python examples/a2a_client.py --context-id alice "My name is Alice"
 
-The handler gets a2a-sdk's own Task. Its `context_id` is the conversation, so two messages in one A2A context meet the
-same memory, also after a restart of the agent.
+The handler gets the Task of a2a-sdk. Its `context_id` is the id of the conversation, so all messages of an A2A context
+share one conversation, also after a restart of the agent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agentstate import ConversationContext, stateful
 # With no options, agent_config.yaml decides; without that file, state is kept in ./conversation_states.
 @stateful()
 async def assistant(task: Task, context: ConversationContext, context_id: str) -> str:
-    """Answer the newest message of the task, with the earlier ones of its context in mind."""
+    """Answer the newest message of the task, using the earlier messages of its context."""
     text = get_message_text(task.history[-1])
     earlier = await context.get_history(context_id, limit=6)
     said = [message["content"] for message in earlier if message["role"] == "user"]
@@ -43,7 +43,7 @@ async def assistant(task: Task, context: ConversationContext, context_id: str) -
 
 
 class MemoryAgent(AgentExecutor):
-    """Hands each message to the handler and its answer back."""
+    """Passes each message to the handler and returns its answer."""
 
     async def execute(self, context: RequestContext, event_queue: EventQueue) -> None:
         assert context.message is not None
@@ -52,7 +52,7 @@ class MemoryAgent(AgentExecutor):
         await event_queue.enqueue_event(new_text_message(response, context_id=task.context_id))
 
     async def cancel(self, context: RequestContext, event_queue: EventQueue) -> None:
-        raise UnsupportedOperationError(message="this agent answers at once; there is nothing to cancel")
+        raise UnsupportedOperationError(message="this agent has no running tasks to cancel")
 
 
 def agent_card(url: str) -> AgentCard:
@@ -69,7 +69,7 @@ def agent_card(url: str) -> AgentCard:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve an agent that remembers over A2A.")
+    parser = argparse.ArgumentParser(description="Serve an agent with memory over A2A.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9999, help="0 takes any free port (default: 9999)")
     args = parser.parse_args()
@@ -81,7 +81,7 @@ def main() -> None:
     handler = DefaultRequestHandler(MemoryAgent(), InMemoryTaskStore(), card)
     app = Starlette(routes=[*create_agent_card_routes(card), *create_jsonrpc_routes(handler, "/")])
     print(f"Serving on {url}", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C stops the server
         uvicorn.Server(config).run(sockets=[socket])
 
 

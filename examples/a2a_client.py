@@ -1,8 +1,9 @@
-"""Say something to an A2A agent, in a context of your choice.
+"""Send a message to an A2A agent, in a context of your choice.
 
+    pip install "a2a-sdk[http-server]"
     python examples/a2a_client.py --context-id alice "My name is Alice"
 
-Works with any agent that speaks A2A 1.0 over JSON-RPC; `a2a_agent.py` is one.
+Works with any agent that supports A2A 1.0 over JSON-RPC, for example `a2a_agent.py`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ async def send(url: str, context_id: str | None, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say something to an A2A agent.")
+    parser = argparse.ArgumentParser(description="Send a message to an A2A agent.")
     parser.add_argument("message")
     parser.add_argument("--url", default="http://127.0.0.1:9999", help="the agent (default: http://127.0.0.1:9999)")
-    parser.add_argument("--context-id", metavar="ID", help="the conversation; without it, the agent begins a new one")
+    parser.add_argument("--context-id", metavar="ID", help="the conversation (default: a new one)")
     args = parser.parse_args()
     asyncio.run(send(args.url, args.context_id, args.message))
 

@@ -1,13 +1,12 @@
-"""An assistant that remembers: talk to it, stop it, start it again.
+"""An assistant with memory: talk to it, stop it, and start it again.
 
     python examples/conversation_memory.py
     python examples/conversation_memory.py --context-id alice "Remember that I like tea"
     python examples/conversation_memory.py --context-id alice "What do you remember?"
     python examples/conversation_memory.py --storage valkey --url valkey://localhost:6379
 
-Without a message it is a conversation in the terminal. The default storage is files in ./conversation_states: no
-server is needed. The assistant follows a few rules where a real one would ask a language model; what it shows is the
-memory.
+Without a message, it reads messages from the terminal. The default storage is files in ./conversation_states; no server
+is needed. In place of a language model, the assistant follows a few rules.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from agentstate import ConversationContext, StateConfigError, StateError, statef
 
 
 class Task(NamedTuple):
-    """What the assistant is asked. Any object with a `context_id` will do, an A2A task among them."""
+    """A message to the assistant. Any object with a `context_id` can be a task, for example an A2A task."""
 
     context_id: str
     text: str
@@ -38,7 +37,7 @@ FORGET = re.compile(r"forget (?:everything|me)\b", re.IGNORECASE)
 
 
 async def memory_assistant(task: Task, context: ConversationContext, context_id: str) -> str:
-    """Answer one message, with what this conversation has held so far in mind."""
+    """Answer one message, using what is stored in this conversation."""
     text = task.text.strip()
     if FORGET.match(text):
         await context.clear_context(context_id)
@@ -52,7 +51,7 @@ async def memory_assistant(task: Task, context: ConversationContext, context_id:
     else:
         response = await greet(context, context_id, count)
 
-    # The exchange is stored whole or not at all.
+    # Question, answer and metadata are stored together, or not at all.
     async with context.batch(context_id) as batch:
         batch.add_to_history("user", text)
         batch.add_to_history("assistant", response)
@@ -61,14 +60,14 @@ async def memory_assistant(task: Task, context: ConversationContext, context_id:
 
 
 async def learn(text: str, context: ConversationContext, context_id: str) -> str:
-    """Store what the message says about the user, and return it in words; "" if it says nothing."""
+    """Store what the message says about the user, and return it as text; "" if it says nothing."""
     learned = []
     if name := NAME.search(text):
         await context.set_variable(context_id, "user_name", name[1])
         learned.append(f"your name is {name[1]}")
     if opinion := OPINION.search(text):
         verb, thing = opinion[1].lower(), opinion[2].strip()
-        # update_variable is atomic: what another terminal says in this conversation at the same time is not lost.
+        # update_variable is atomic: updates from another terminal at the same time are not lost.
         await context.update_variable(context_id, "preferences", lambda known: {**known, thing: verb}, default={})
         learned.append(f"you {verb} {thing}")
     if (fact := REMEMBER.match(text)) and not learned:
@@ -78,7 +77,7 @@ async def learn(text: str, context: ConversationContext, context_id: str) -> str
 
 
 async def recall(context: ConversationContext, context_id: str, count: int) -> str:
-    """Everything that is known about the user."""
+    """Answer with everything that is known about the user."""
     variables = await context.get_variables(context_id)
     known = [f"your name is {variables['user_name']}"] if "user_name" in variables else []
     known += [f"you {verb} {thing}" for thing, verb in variables.get("preferences", {}).items()]
@@ -88,7 +87,7 @@ async def recall(context: ConversationContext, context_id: str, count: int) -> s
 
 
 async def greet(context: ConversationContext, context_id: str, count: int) -> str:
-    """The answer to anything else."""
+    """Answer any other message."""
     name = await context.get_variable(context_id, "user_name", "")
     hello = "Hello" if count == 1 else "Hello again"
     return (
@@ -98,19 +97,19 @@ async def greet(context: ConversationContext, context_id: str, count: int) -> st
 
 
 async def last_words(context: ConversationContext, context_id: str) -> str:
-    """What the user said last."""
+    """A sentence with the last message of the user; "" if there is none."""
     history = await context.get_history(context_id, limit=2)
     said = [message["content"] for message in history if message["role"] == "user"]
     return f' Last time you said: "{said[-1]}".' if said else ""
 
 
-# --- the terminal around it -----------------------------------------------------------------------------------------
+# --- the program for the terminal -------------------------------------------------------------------------------------
 
 
 def main() -> int:
     args = parse_arguments()
     kept = {
-        "memory": "in memory: it is forgotten when this program ends",
+        "memory": "in memory: it is deleted when this program ends",
         "file": f"in {args.storage_dir}",
         "valkey": "in Valkey",
     }[args.storage]
@@ -123,19 +122,19 @@ def main() -> int:
     try:
         if args.message is not None:
             if args.storage == "memory":
-                print("(storage: memory. This conversation is forgotten at once.)", file=sys.stderr)
+                print("(storage: memory. This conversation is deleted when the program ends.)", file=sys.stderr)
             return answer(assistant, args.context_id, args.message)
         print(f"Conversation {args.context_id!r}, kept {kept}. Ctrl-D ends it.")
         while True:
             if text := input("you> ").strip():
-                answer(assistant, args.context_id, text)  # an error does not end the conversation
+                answer(assistant, args.context_id, text)  # after an error, the conversation continues
     except (EOFError, KeyboardInterrupt):
         print("\nGoodbye!")
         return 0
 
 
 def answer(assistant: Callable[[Task], Awaitable[str]], context_id: str, text: str) -> int:
-    """Print the answer to one message; the exit code says whether there was one."""
+    """Print the answer to one message, or the error. Returns the exit code."""
 
     async def ask() -> str:
         return await assistant(Task(context_id, text))
@@ -152,12 +151,12 @@ def answer(assistant: Callable[[Task], Awaitable[str]], context_id: str, text: s
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Talk to an assistant that remembers.")
-    parser.add_argument("message", nargs="?", help="say this and exit; without it, a conversation begins")
+    parser = argparse.ArgumentParser(description="Talk to an assistant with memory.")
+    parser.add_argument("message", nargs="?", help="send this message and exit (default: read from the terminal)")
     parser.add_argument("--context-id", default="terminal", metavar="ID", help="the conversation (default: terminal)")
     parser.add_argument("--storage", choices=("memory", "file", "valkey"), default="file", help="default: file")
     parser.add_argument("--storage-dir", default="./conversation_states", metavar="DIR", help="for --storage file")
-    parser.add_argument("--url", help="for --storage valkey, like valkey://localhost:6379")
+    parser.add_argument("--url", help="for --storage valkey: the server, for example valkey://localhost:6379")
     parser.add_argument("--key-prefix", default="agentup:state:", metavar="TEXT", help="for --storage valkey")
     args = parser.parse_args()
     if not args.context_id:

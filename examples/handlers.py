@@ -1,7 +1,7 @@
-"""Handlers of every kind, each run once: python examples/handlers.py
+"""Every kind of handler, each called once: python examples/handlers.py
 
-The patterns are those of AgentUp's guide to state management. All of them keep their state in memory here; a handler of
-your own says "file" or "valkey", or nothing at all and lets agent_config.yaml decide.
+The patterns are those of AgentUp's guide to state management. They store their state in memory. In your own handlers,
+write "file" or "valkey", or no storage to use agent_config.yaml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Task = dict[str, Any]  # or an A2A task, or any object with a context_id
 @register_handler("my_stateful_skill")
 @stateful("memory")
 async def my_stateful_skill(task: Task, context: ConversationContext, context_id: str) -> str:
-    """A coroutine: history, a variable, and both sides of the exchange."""
+    """A coroutine that uses the history and a variable."""
     history = await context.get_history(context_id, limit=10)
     await context.set_variable(context_id, "user_preference", "dark_mode")
     preference = await context.get_variable(context_id, "user_preference", "default")
@@ -40,7 +40,7 @@ async def my_stateful_skill(task: Task, context: ConversationContext, context_id
 @register_handler("learning_assistant")
 @stateful("memory", context_id="user")
 def learning_assistant(task: Task, context: SyncConversationContext, context_id: str) -> str:
-    """An ordinary function, with one memory for each user rather than for each conversation."""
+    """An ordinary function with state for each user, not for each conversation."""
     if "python" in task["input"].lower():
         context.update_variable(context_id, "interests", lambda known: sorted({*known, "programming"}), default=[])
     interests = context.get_variable(context_id, "interests", [])
@@ -50,7 +50,7 @@ def learning_assistant(task: Task, context: SyncConversationContext, context_id:
 @register_handler("task_manager")
 @stateful("memory", serialize_turns=True)
 async def task_manager(task: Task, context: ConversationContext, context_id: str) -> str:
-    """One turn at a time in each conversation, however many processes serve it."""
+    """One call at a time in each conversation, across all processes."""
     current = await context.get_variable(context_id, "current_task")
     if task["input"].lower().startswith("start task"):
         current = {"id": str(uuid.uuid4()), "current_step": 0, "started_at": datetime.now(UTC)}
@@ -65,7 +65,7 @@ async def task_manager(task: Task, context: ConversationContext, context_id: str
 @register_handler("streaming_assistant")
 @stateful("memory")
 async def streaming_assistant(task: Task, context: ConversationContext, context_id: str) -> AsyncIterator[str]:
-    """An async generator: the answer in pieces; what was said is stored at the end."""
+    """An async generator that yields the answer in pieces, and stores it at the end."""
     words = ["You", "said:", task["input"]]
     for word in words:
         yield word
@@ -77,14 +77,14 @@ async def streaming_assistant(task: Task, context: ConversationContext, context_
 @register_handler("countdown")
 @stateful("memory")
 def countdown(task: Task, context: SyncConversationContext, context_id: str) -> Iterator[int]:
-    """A generator that goes on where it was left."""
+    """A generator that continues where the last call stopped."""
     while (left := context.get_variable(context_id, "left", 3)) > 0:
         context.set_variable(context_id, "left", left - 1)
         yield left
 
 
 class Assistant:
-    """A handler may be a method."""
+    """A class whose method is a handler."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -107,7 +107,7 @@ async def main() -> None:
     print(next(iter(countdown(hello))), list(countdown(hello)))
     assistant = Assistant("Max")
     print(await assistant.reply(hello))
-    print(await assistant.reply(hello, context_id="room:cellar"))  # an explicit id wins
+    print(await assistant.reply(hello, context_id="room:cellar"))  # an explicit id has priority
 
 
 if __name__ == "__main__":

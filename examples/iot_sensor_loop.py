@@ -1,14 +1,14 @@
-"""A sensor on a small device: readings are kept in a file, across restarts and within a fixed amount of space.
+"""A sensor on a small device: readings are stored in a file of bounded size, and survive restarts.
 
     python examples/iot_sensor_loop.py --readings 20 --interval 0.1
 
-The sensor is SIMULATED: its readings come from a random walk, and each is stored with that mark. What the device
-asks of the storage is real:
+The sensor is SIMULATED: its readings are a random walk, and each is stored with this mark. The options of the storage
+are those for a real device:
 
-- exclusive=True   one process owns the directory, so no lock is taken for an operation
-- fsync            "everysec" spares the flash: a power cut costs at most about the last second of readings, and
-                   leaves a file that can be read. "always" loses nothing, at the price of one sync a reading
-- max_history      only the newest readings are kept; the totals over all of them are variables
+- exclusive=True   only this process writes in the directory, so operations need no lock
+- fsync            "everysec" reduces the wear of the flash: a power failure loses at most about one second of readings,
+                   and leaves a readable file. "always" loses nothing, and syncs once for each reading
+- max_history      only the newest readings are kept; the totals of all readings are variables
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEVICE = "sensor-greenhouse"
 
 
 def simulated_celsius(before: float) -> float:
-    """The next reading of a thermometer that does not exist."""
+    """The next reading of the simulated thermometer."""
     return round(before + random.uniform(-0.4, 0.4), 2)
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--fsync", choices=("always", "everysec", "no"), default="everysec")
     parser.add_argument("--storage-dir", default="./sensor_states", metavar="DIR")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, stop)  # a service manager ends the loop like Ctrl-C does
+    signal.signal(signal.SIGTERM, stop)  # a service manager sends SIGTERM; handle it like Ctrl-C
     try:
         storage = FileStorage(args.storage_dir, exclusive=True, fsync=args.fsync, max_history=args.keep)
         with SyncConversationContext(storage) as context:

@@ -1,4 +1,4 @@
-"""A task of several steps that outlives the program: each run of this script is a new process that goes on with it.
+"""A task with several steps: each run of this script is a new process that continues the task.
 
     python examples/multi_session_task.py start task
     python examples/multi_session_task.py next step
@@ -6,7 +6,7 @@
     python examples/multi_session_task.py resume
     python examples/multi_session_task.py status
 
-The handler is an ordinary function: @stateful serves `def` and `async def` alike.
+The handler is an ordinary function; @stateful works with `def` and `async def`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agentstate import StateError, SyncConversationContext, stateful
 STEPS = ["collect the documents", "check the figures", "write the report"]
 
 
-# serialize_turns: two processes that say "next step" at the same time take two steps, one after the other.
+# serialize_turns: two processes that request "next step" at the same time advance the task by two steps.
 @stateful("file", storage_dir="./conversation_states", serialize_turns=True)
 def task_manager(task: dict[str, Any], context: SyncConversationContext, context_id: str) -> str:
     """Start, advance, pause and resume the task of this conversation."""

@@ -1,10 +1,10 @@
-"""An assistant that learns what its user is interested in, and keeps it as a dataclass.
+"""An assistant that learns the interests of its user, and stores them as a dataclass.
 
     python examples/preference_learning.py --user alice "How do I read a file in Python?"
     python examples/preference_learning.py --user alice "And please keep it short"
     python examples/preference_learning.py --user alice "What should I read next?"
 
-Each user has one memory across all conversations: `context_id="user"` takes the id from the task's `user_id`.
+Preferences are stored per user, not per conversation: `context_id="user"` takes the id from the task's `user_id`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Preferences:
 
 
 def learned_from(message: str, known: Preferences) -> Preferences:
-    """The preferences after this message. Pure, because it may be run again if somebody else writes meanwhile."""
+    """The preferences after this message. A pure function: it runs again if another writer changed them meanwhile."""
     words = message.lower()
     new = [topic for topic, signs in TOPICS.items() if topic not in known.interests and any(s in words for s in signs)]
     style = "short" if "short" in words or "brief" in words else known.style
@@ -41,8 +41,8 @@ def learned_from(message: str, known: Preferences) -> Preferences:
 
 @stateful("file", storage_dir="./conversation_states", context_id="user")
 def learning_assistant(task: dict[str, Any], context: SyncConversationContext, context_id: str) -> str:
-    """Learn from the message, and answer with what was learned before in mind."""
-    # Dataclasses are stored as JSON objects, so the function gets a dict.
+    """Learn from the message, and answer using what is known about the user."""
+    # Dataclasses are stored as JSON objects, so the function gets a dictionary.
     context.update_variable(
         context_id,
         "preferences",
@@ -59,7 +59,7 @@ def learning_assistant(task: dict[str, Any], context: SyncConversationContext, c
 def main() -> int:
     parser = argparse.ArgumentParser(description="An assistant that learns preferences.")
     parser.add_argument("message")
-    parser.add_argument("--user", default="alice", help="who says it (default: alice)")
+    parser.add_argument("--user", default="alice", help="the user who sends the message (default: alice)")
     args = parser.parse_args()
     try:
         print(learning_assistant({"text": args.message, "metadata": {"user_id": args.user}}))

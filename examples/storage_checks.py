@@ -1,7 +1,7 @@
-"""What test_memory_storage.py, test_file_storage.py and test_valkey_storage.py do to their storage.
+"""The checks of test_memory_storage.py, test_file_storage.py and test_valkey_storage.py.
 
-Each check is one promise of the API, tried on the real thing. `run` prints a line for each and gives the exit code.
-For a backend of your own there is a much sharper suite: `agentstate.testing.StorageContract`.
+Each check tests one guarantee on a real storage. `run` prints one line for each and returns the exit code. To test your
+own backend, use `agentstate.testing.StorageContract`, which tests much more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from agentstate import ConversationContext, StateAccessError, StateSerializationError, StateStorage
 
 OpenStorage = Callable[..., StateStorage]
-"""Opens the storage under test, with these further options. What was stored before is there again."""
+"""Opens the storage under test with these additional options. It has the data that was stored before."""
 
 
 async def variables(context: ConversationContext) -> None:
@@ -22,7 +22,7 @@ async def variables(context: ConversationContext) -> None:
     preferences = await context.get_variable("c", "preferences", {})
     assert preferences == {"theme": "dark", "languages": ["en", "de"]}
     preferences["theme"] = "light"
-    assert (await context.get_variable("c", "preferences"))["theme"] == "dark", "a value read is the caller's own copy"
+    assert (await context.get_variable("c", "preferences"))["theme"] == "dark", "a value that was read is not a copy"
     assert await context.get_variable("c", "missing", "default") == "default"
 
 
@@ -48,7 +48,7 @@ async def owners(context: ConversationContext) -> None:
         await context.get_or_create("c", user_id="bob")
     except StateAccessError:
         return
-    raise AssertionError("bob was given alice's conversation")
+    raise AssertionError("bob got the conversation of alice")
 
 
 async def unicode_is_kept(context: ConversationContext) -> None:
@@ -63,7 +63,7 @@ async def what_is_not_json_is_refused(context: ConversationContext) -> None:
     except StateSerializationError as error:
         culprit = error.path
     assert culprit == "preferences.sizes[1]", "NaN was stored"
-    assert not await context.exists("c"), "nothing was changed"
+    assert not await context.exists("c"), "a refused value changed something"
 
 
 async def batches_are_atomic(context: ConversationContext) -> None:
@@ -111,7 +111,7 @@ CHECKS: tuple[Callable[[ConversationContext], Awaitable[None]], ...] = (
 
 
 def run(name: str, open_storage: OpenStorage, *, persistent: bool) -> int:
-    """Run every check on a storage that is empty. The exit code: 0 if all passed."""
+    """Run every check on an empty storage. Returns the exit code: 0 if all passed."""
     failed = 0
     cases = {check.__name__: on_empty(open_storage, check) for check in CHECKS}
     cases["ttl"] = expires(open_storage)
@@ -121,7 +121,7 @@ def run(name: str, open_storage: OpenStorage, *, persistent: bool) -> int:
         started = time.perf_counter()
         try:
             asyncio.run(case)
-        except Exception:  # noqa: BLE001  whatever it is, it is reported, and the other checks are run
+        except Exception:  # noqa: BLE001  any failure is reported, and the other checks run
             failed += 1
             print(f"  FAILED  {title}\n{traceback.format_exc()}")
         else:

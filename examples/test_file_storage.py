@@ -1,4 +1,4 @@
-"""Test file storage, in a temporary directory: python examples/test_file_storage.py"""
+"""Test file storage in a temporary directory: python examples/test_file_storage.py"""
 
 from __future__ import annotations
 

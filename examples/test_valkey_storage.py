@@ -1,6 +1,6 @@
 """Test Valkey storage: python examples/test_valkey_storage.py --url valkey://localhost:6379
 
-Needs a server, and leaves nothing of its own behind: all its keys begin with a prefix that nobody else uses.
+Needs a server. All keys begin with a random prefix. The conversations are deleted at the end.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ Lines that begin with ``#> `` are what a block prints, and must be exactly that,
 - ``<!-- not run: REASON -->``
 - ``<!-- error: TEXT -->``: the block must fail with a StateError whose message holds TEXT
 - ``<!-- needs: PROGRAM -->``: the block is run where that program is installed
-- ``<!-- file: NAME -->``: the block is also kept as that file for the blocks that follow (python is then not run)
+
+A paragraph that is a file's name in backticks and a colon (`` `remember.py`: ``) names the block after it: the block is
+also kept as that file for the blocks that follow, and python is then not run.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
-from servers import ServerMissingError, find_server
+from servers import ServerMissingError, find_server, wait_until
+
+if TYPE_CHECKING:
+    import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,11 +59,12 @@ NEW_EACH_TIME = re.compile(
 LOCAL_URL = re.compile(r"valkey://localhost:6379(/0)?\b")
 
 _FENCE = re.compile(r"^```(\S*)\s*$")
-_MARK = re.compile(r"^<!-- (not run|error|needs|file): (.+) -->$")
+_MARK = re.compile(r"^<!-- (not run|error|needs): (.+) -->$")
+_FILE = re.compile(r"^`([^`]+\.\w+)`:$")
 
 
 class Block(NamedTuple):
-    """A fenced block. `line` is that of its first line of code; `marks` are the comments before it."""
+    """A fenced block. `line` is that of its first line of code; `marks` are the comments and the file name above it."""
 
     language: str
     line: int
@@ -75,6 +82,8 @@ def blocks_of(text: str) -> list[Block]:
         number += 1
         if mark := _MARK.match(line):
             marks[mark[1]] = mark[2]
+        elif name := _FILE.match(line):
+            marks["file"] = name[1]
         elif fence := _FENCE.match(line):
             end = lines.index("```", number)
             blocks.append(Block(fence[1], number + 1, "\n".join(lines[number:end]) + "\n", marks))
@@ -92,7 +101,7 @@ def name_of(page: Path) -> str:
 def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = ""
     if uses_a_server(page):
-        # A database of its own for each page, on a server of ours: what a page leaves there disturbs nobody.
+        # Each page has its own database on a server of the tests, so that pages do not see each other's keys.
         database = list(filter(uses_a_server, PAGES)).index(page)
         url = f"{request.getfixturevalue('valkey_9').url.removesuffix('/0')}/{database}"
     lay_out(tmp_path, url)
@@ -117,7 +126,7 @@ def uses_a_server(page: Path) -> bool:
 
 
 def lay_out(folder: Path, url: str = "") -> None:
-    """What the commands of a page find where they are run: the examples, and an environment with this Python."""
+    """What the commands of a page need in their directory: the examples, and an environment with this Python."""
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / ".venv" / "bin").mkdir(parents=True)
     # (A link to a Python would be a Python without what is installed beside it.)
@@ -146,6 +155,57 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
         assert block.language in LANGUAGES or not block.marks, f"{name_of(page)}:{block.line}: a mark without effect"
 
 
+def imports_of(block: Block) -> set[str]:
+    """The top-level packages that a block imports; in bash, those that it runs with `python -m`."""
+    if block.language == "bash":
+        return set(re.findall(r"\bpython -m (\w+)", block.text))
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+OUR_DEPENDENCIES = {"agentstate", "valkey"}
+INSTALLED_AS = {"a2a": "a2a-sdk", "opentelemetry": "opentelemetry-sdk"}
+COME_WITH = {"anyio": "fastapi"}  # which depends on it
+MADE_AVAILABLE = {"src"}  # by agentstate.compat
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_that_needs_another_package_comes_after_how_to_install_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    blocks = [block for block in blocks_of(text) if block.language in ("bash", "python")]
+    made = {name.removesuffix(".py") for block in blocks if (name := block.marks.get("file"))}
+    known = set(sys.stdlib_module_names) | OUR_DEPENDENCIES | MADE_AVAILABLE | made
+    for block in blocks:
+        if "not run" in block.marks:
+            continue
+        before = "\n".join(text.split("\n")[: block.line])
+        for name in imports_of(block) - known:
+            package = INSTALLED_AS.get(name, COME_WITH.get(name, name))
+            assert re.search(rf"pip install [^`]*\b{package}\b", before), (
+                f"{name_of(page)}:{block.line}: say `pip install {package}` before it"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_installs_the_other_package_that_is_named_agentstate(page: Path) -> None:
+    told = re.findall(r"pip3? install[^`\n]*[\s'\"]agentstate(?![-_\w/.])[^`\n]*", page.read_text(encoding="utf-8"))
+    assert not told, f"the distribution is agentstate-store: {told}"
+
+
+def test_the_first_block_of_the_readme_is_on_the_first_screen_and_shows_what_it_prints() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = blocks_of(text)[0]
+    assert first.language == "python"
+    assert "#> " in first.text
+    assert first.line + first.text.count("\n") < 30
+    assert text.count("\n") < 200
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in links_of(page):
@@ -156,7 +216,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.svg")), ids=name_of)
-def test_a_picture_fetches_nothing_and_tells_nothing_of_a_machine(picture: Path) -> None:
+def test_a_picture_fetches_nothing_and_contains_nothing_of_a_machine(picture: Path) -> None:
     text = picture.read_text(encoding="utf-8")
     ElementTree.fromstring(text)
     fetched = re.findall(r"""(?:href|src)=["'](?!#)|@import|url\((?!#)""", text)
@@ -201,9 +261,9 @@ def commands_of_the_readme() -> list[str]:
 
 
 def test_the_first_command_of_the_readme_installs_and_starts_a_conversation(tmp_path: Path) -> None:
-    """To the letter, except that `-m venv` and `pip` here only see what they are asked for.
+    """Exactly this command, except that `-m venv` and `pip` only record their arguments.
 
-    (That the installation works is shown by every tox environment, which is such an installation.)
+    (Every tox environment is such an installation, so it is tested that it works.)
     """
     lay_out(tmp_path)
     tools = tmp_path / "tools"
@@ -231,6 +291,166 @@ def test_the_first_command_of_the_readme_installs_and_starts_a_conversation(tmp_
 def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
     assert commands_of_the_readme()[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(commands_of_the_readme()) == 2
+
+
+# --- the page about FastAPI, with a server ----------------------------------------------------------------------------
+
+
+class TestFastAPI:
+    """The modules of docs/fastapi.md, served by uvicorn to real clients."""
+
+    @pytest.fixture
+    def client(self) -> Iterator[httpx.Client]:
+        import httpx
+
+        with httpx.Client(timeout=20) as client:
+            yield client
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> Iterator[str]:
+        for block in blocks_of(text_of("fastapi.md")):
+            if "file" in block.marks:
+                (tmp_path / block.marks["file"]).write_text(block.text, encoding="utf-8")
+        (tmp_path / "all.py").write_text("from app import app\nimport kept, users\n")
+        command = [sys.executable, "-W", "error", "-m", "uvicorn", "all:app", "--port", "0", "--no-access-log"]
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, encoding="utf-8") as server:
+            watchdog = threading.Timer(60, server.kill)  # no reading waits for ever
+            watchdog.start()
+            try:
+                assert server.stderr is not None
+                said = ""
+                while not (running := re.search(r"running on (http://\S+)", said)):
+                    line = server.stderr.readline()
+                    assert line, said
+                    said += line
+                yield running[1]
+                server.terminate()
+                said += server.stderr.read()
+                assert "Application shutdown complete." in said
+                assert "ERROR" not in said
+                assert "Exception" not in said
+            finally:
+                watchdog.cancel()
+                server.kill()
+
+    def test_an_answer_is_streamed_and_stored(self, client: httpx.Client, url: str) -> None:
+        messages = f"{url}/conversations/alice/messages"
+        with client.stream("POST", messages, json={"text": "I like tea"}) as response:
+            pieces = [*response.iter_text()]
+        assert len(pieces) > 1
+        assert "".join(pieces) == "You have told me 1 things. "
+        assert [message["role"] for message in client.get(messages).json()] == ["user", "assistant"]
+
+    def test_after_a_disconnect_nothing_is_stored_and_the_next_request_starts(
+        self, client: httpx.Client, url: str
+    ) -> None:
+        messages = f"{url}/conversations/alice/messages"
+        for number in range(1, 4):
+            with client.stream("POST", messages, json={"text": "gone"}) as response:
+                assert next(response.iter_text()) == "You "
+            # Less than the 30 s after which a lease expires that was not released.
+            answer = client.post(messages, json={"text": "here"}).text
+            assert answer == f"You have told me {number} things. "
+        contents = [message["content"] for message in client.get(messages).json()]
+        assert contents[::2] == ["here"] * 3
+
+    def test_a_handler_can_store_what_a_client_received_before_it_disconnected(
+        self, client: httpx.Client, url: str
+    ) -> None:
+        with client.stream("POST", f"{url}/kept/alice/messages", json={"text": "gone"}) as response:
+            assert next(response.iter_text()) == "You "
+        kept = f"{url}/conversations/alice/messages"
+        wait_until(lambda: len(client.get(kept).json()) == 2, "the messages are stored")
+        question, answer = client.get(kept).json()
+        assert question["content"] == "gone"
+        assert answer["content"].startswith("You ")
+        assert answer["content"] != "You have told me 1 things. "
+
+    def test_a_user_cannot_reach_the_context_of_another_user(self, client: httpx.Client, url: str) -> None:
+        def visit(token: str) -> httpx.Response:
+            return client.post(f"{url}/notes/diary", headers={"Authorization": f"Bearer {token}"})
+
+        assert [visit("secret-of-alice").json() for _ in range(2)] == [1, 2]
+        assert visit("secret-of-bob").status_code == 404
+        assert visit("a guess").status_code == 401
+        assert visit("secret-of-alice").json() == 3
+
+
+# --- what pages say without a block that shows it -------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no cp")
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_a_copy_of_a_folder_in_use_holds_intact_conversations(tmp_path: Path, layout: str) -> None:
+    """cookbook.md, "Backups"."""
+    from agentstate import FileStorage, SyncConversationContext
+
+    names = [f"c{number}" for number in range(12)]
+    options: dict[str, Any] = {"layout": layout, "fsync": "no"}
+    context = SyncConversationContext(FileStorage(tmp_path / "live", **options))
+    copied = threading.Event()
+
+    def write(mine: list[str]) -> None:
+        number = 0
+        while not copied.is_set():
+            number += 1
+            for name in mine:
+                with context.batch(name) as batch:
+                    batch.add_to_history("user", number)
+                    batch.set_variable("number", number)
+                    batch.set_variable("filling", "x" * 500)  # so that the files are written anew, too
+                    batch.trim_history(keep=20)
+
+    for name in names:  # what exists all along is in the copy
+        with context.batch(name) as batch:
+            batch.add_to_history("user", 0)
+            batch.set_variable("number", 0)
+    writers = [threading.Thread(target=write, args=(names[first::3],)) for first in range(3)]
+    for writer in writers:
+        writer.start()
+    copies = [tmp_path / f"copy{number}" for number in range(5)]
+    try:
+        for number, copy in enumerate(copies):
+            wait_until(lambda: context.get_variable("c0", "number") > number, "another write")  # noqa: B023
+            # `cp` may fail: it says so if a temporary file is gone before it is copied.
+            subprocess.run(["cp", "-a", str(tmp_path / "live"), str(copy)], stderr=subprocess.DEVNULL, check=False)
+    finally:
+        copied.set()
+        for writer in writers:
+            writer.join()
+    for copy in copies:
+        verify = [sys.executable, "-m", "agentstate", "verify", "--storage-dir", str(copy), "--layout", layout]
+        subprocess.run(verify, check=True, stdout=subprocess.DEVNULL)
+        backup = SyncConversationContext(FileStorage(copy, **options))
+        found = {name: backup.get_state(name) for name in backup.list_contexts()}
+        if names_keep_their_places(copy):
+            assert found.keys() == set(names)
+        for state in found.values():
+            assert state is not None
+            assert state.history[-1]["content"] == state.variables["number"]
+
+
+def names_keep_their_places(path: Path) -> bool:
+    """Whether a replaced file keeps its place in the folder. On btrfs and tmpfs it moves, and `cp` may miss it."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, encoding="utf-8", check=False)
+    return kind.stdout.strip() in ("ext2/ext3", "xfs")
+
+
+def test_a_turn_of_a_bound_context_reserves_no_id() -> None:
+    """batches-and-turns.md, "Expired leases"."""
+    from agentstate import InMemoryStorage, StateAccessError, StateTimeoutError, SyncConversationContext
+
+    storage = InMemoryStorage()
+    alice, bob = (SyncConversationContext(storage, user_id=user) for user in ("alice", "bob"))
+    held = alice.turn("new")
+    turn = held.__enter__()
+    turn.set_variable("mine", True)
+    with pytest.raises(StateTimeoutError):
+        bob.turn("new", timeout=0.01).__enter__()
+    bob.set_variable("new", "mine", False)
+    with pytest.raises(StateAccessError):
+        held.__exit__(None, None, None)
+    assert bob.get_variable("new", "mine") is False
 
 
 # --- nothing is left out --------------------------------------------------------------------------------------------
@@ -267,7 +487,7 @@ def test_every_logger_is_on_the_page_of_debugging() -> None:
     names = set(re.findall(r'(?:getLogger\(|LOGGED_AS = \[)"(agentstate\.[^"]+)"', code))
     assert {"agentstate.context", "agentstate.storage.file", "agentstate.storage.valkey"} <= names
     for name in names:
-        assert f"| `{name}` |" in text_of("debugging.md"), f"debugging.md does not tell what {name} says"
+        assert f"| `{name}` |" in text_of("debugging.md"), f"debugging.md does not describe {name}"
 
 
 def test_every_key_of_the_configuration_is_on_its_page() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,12 +80,47 @@ def started(
 
 
 def interrupted(process: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C, and return what is said then. Again if need be: one that comes between a prompt and the reading
-    of its answer is noticed only after the answer."""
+    """Press Ctrl-C, and return the output that follows. Repeats it if necessary: a signal between a prompt and the
+    reading of its answer takes effect only after the answer."""
     while True:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=10)[0]
+
+
+def commands_of(example: Path) -> list[str]:
+    """The commands in the docstring at the beginning of an example."""
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
+    return re.findall(r"(?:^    |: )(python examples/.+)$", docstring, re.MULTILINE)
+
+
+SERVED = {"a2a_agent.py", "a2a_client.py"}  # which need each other, and so run in `TestA2A`
+SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.name not in SERVED | {"storage_checks.py"}]
+
+
+@pytest.mark.parametrize("example", SCRIPTS, ids=lambda path: path.name)
+def test_the_commands_in_the_first_lines_run_in_this_order(
+    example: Path, tmp_path: Path, environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    commands = commands_of(example)
+    assert commands
+    for line in commands:
+        if "valkey://localhost:6379" in line:
+            line = line.replace("valkey://localhost:6379", request.getfixturevalue("valkey_9").url)
+        python, *arguments = shlex.split(line)
+        assert python == "python"
+        result = subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TIMEOUT,
+        )
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+        assert result.stdout
 
 
 def test_every_example_is_run_here() -> None:
@@ -172,10 +209,10 @@ class TestConversationMemory:
     def test_memory_says_that_it_forgets(self, run: Run) -> None:
         once = run("conversation_memory.py", "--storage", "memory", "Remember that I like tea")
         assert once.stdout == "I will remember: you like tea.\n"
-        assert "forgotten" in once.stderr
+        assert "deleted when the program ends" in once.stderr
         typed = "Remember that I like tea\nWhat do you remember?\n"
         talk = run("conversation_memory.py", "--storage", "memory", typed=typed).stdout
-        assert "it is forgotten when this program ends" in talk
+        assert "it is deleted when this program ends" in talk
         assert "I remember: you like tea." in talk
         again = run("conversation_memory.py", "--storage", "memory", "What do you remember?").stdout
         assert "You have not told me anything" in again

@@ -511,7 +511,7 @@ def test_a_cancelled_handler_gives_the_turn_back(opened: Opened) -> None:
 class SlowStorage(InMemoryStorage):
     """Takes its time to answer, as a server does: until somebody lets it go on."""
 
-    waits = True
+    blocking = True
 
     def __init__(self) -> None:
         super().__init__()

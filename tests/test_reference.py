@@ -1,9 +1,8 @@
 """Every Python block of AgentUp's document on state management, as it stands there.
 
-Each runs in a process of its own, twice: with `src.agent` changed to `agentstate` and nothing else, and with not even
-that, through `agentstate.compat`. Where a block names Valkey it talks to a real server; only the URL and the prefix of
-the keys are the test's. What a block leaves out (`response`, `task`, an import) is put before it, and what it must have
-done is asserted behind it.
+Each block runs twice, in a process of its own: once with `src.agent` replaced by `agentstate`, and once unchanged,
+with `agentstate.compat`. Blocks that use Valkey use a real server; only the URL and the key prefix are replaced. Names
+that a block does not define (`response`, `task`, an import) are added before it, and assertions after it.
 """
 
 from __future__ import annotations

@@ -466,6 +466,7 @@ def test_every_key_of_the_configuration_is_an_option_of_its_storage(backend: str
         except StateConfigError as error:  # the value of an example, perhaps
             problem = str(error)
         assert "no option" not in problem
+        assert "unknown option" not in problem
 
 
 # --- the configuration file -----------------------------------------------------------------------------------------

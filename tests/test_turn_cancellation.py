@@ -12,6 +12,7 @@ import pytest
 
 from agentstate.aio import ConversationContext
 from agentstate.context import SyncConversationContext
+from agentstate.engine import engine_of
 from agentstate.errors import StateError, StateOutcomeUnknownError
 from agentstate.operations import Commit, Lease, Operation
 from agentstate.storage.base import Settle, StateStorage
@@ -147,7 +148,7 @@ def test_a_lease_whose_answer_was_lost_is_given_back(storage: Waiting) -> None:
 
 def test_an_interrupted_thread_gives_its_lease_back(storage: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
     context = SyncConversationContext(storage)
-    call = storage.dispatcher.call
+    call = engine_of(storage).call
 
     def interrupted(operation: Any) -> Any:
         outcome = call(operation)
@@ -155,7 +156,7 @@ def test_an_interrupted_thread_gives_its_lease_back(storage: Waiting, monkeypatc
             raise KeyboardInterrupt
         return outcome
 
-    monkeypatch.setattr(storage.dispatcher, "call", interrupted)
+    monkeypatch.setattr(engine_of(storage), "call", interrupted)
     with pytest.raises(KeyboardInterrupt), context.turn("a") as turn:
         turn.set_variable("x", 1)
     end = time.monotonic() + 5

@@ -32,12 +32,12 @@ from .kinds import (
 BACKENDS: Final = ("memory", "file", "valkey")
 """The backends that this package brings. Any other name is a third party's."""
 
-OTHER_BACKEND_NAMES: Final = {
+OTHER_BACKEND_NAMES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("redis", "keydb"), "valkey"),
     **dict.fromkeys(("files", "filesystem", "disk", "fs", "json"), "file"),
     **dict.fromkeys(("mem", "ram", "in_memory", "inmemory"), "memory"),
 }
-"""Other names that people try for them."""
+"""Names that people try, and the backend that each means."""
 
 SECTIONS: Final = ("state", "state_management")
 """What the section may be called."""

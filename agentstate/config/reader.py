@@ -270,7 +270,7 @@ class Reader:
         from difflib import get_close_matches
 
         names = [*BACKENDS, *(self.known or ())]
-        spellings = {known: known for known in names} | OTHER_BACKEND_NAMES
+        spellings = {**{known: known for known in names}, **OTHER_BACKEND_NAMES}
         near = get_close_matches(name[:60].lower().replace("-", "_"), spellings, 1, 0.75)
         if self.known is None and not near:
             return _Backend(name, by_variable=by_variable)

@@ -173,7 +173,7 @@ class InMemoryStorage(StateStorage):
     same thread (a signal handler, a finalizer) may read; its writes are a StateConflictError.
     """
 
-    waits: ClassVar[bool] = False
+    blocking: ClassVar[bool] = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -187,12 +187,12 @@ class InMemoryStorage(StateStorage):
         for index, operation in enumerate(operations):
             outcome: Outcome | StateError
             try:
-                outcome = self.execute_one(operation)
+                outcome = self._carry_out(operation)
             except StateError as error:
                 outcome = error
             settle(index, outcome)
 
-    def execute_one(self, operation: Operation) -> Outcome:
+    def _carry_out(self, operation: Operation) -> Outcome:
         if isinstance(operation, Query):
             self._check(operation)
             return self._query(operation)
@@ -213,7 +213,7 @@ class InMemoryStorage(StateStorage):
             finally:
                 self._writing = False
 
-    _outcome_of = execute_one
+    execute_one = _carry_out
 
     def _check(self, operation: Operation) -> None:
         if self.closed or time.monotonic() >= operation.deadline:

@@ -75,13 +75,15 @@ class Image:
         self.start = 0
         self.end = 0
         self.expires: int | None = None
+        if any(self.commits.values()):  # answers may tell what the context held
+            self.commits = {commit_id: _without_content(answer) for commit_id, answer in self.commits.items()}
 
     def lives(self, now: int) -> bool:
         """Whether the context exists and has not expired."""
         return self.exists and (self.expires is None or self.expires > now)
 
     def expire(self, now: int) -> None:
-        """Make an expired context one that does not exist. Its commit ids stay remembered."""
+        """Make an expired context one that does not exist. Its commit ids stay remembered, their answers do not."""
         if self.exists and not self.lives(now):
             self.exists = False
             self._forget_state()
@@ -223,6 +225,11 @@ def only_adds(commit: Commit, image: Image) -> bool:
     return bool(changes)
 
 
+def _without_content(answer: Answer) -> Answer:
+    """What is remembered of an answer once the context is gone: nothing that was stored in it."""
+    return answer if answer in (b"", TRUE, FALSE) else ALREADY_APPLIED
+
+
 def expiry(now: int, ttl: float | None) -> int | None:
     """When a context expires that was written to at `now`."""
     return None if ttl is None else now + int(ttl * 1_000_000)
@@ -268,7 +275,8 @@ def _answer_again(remembered: Answer, commit: Commit) -> Answer:
 
 def already_applied(commit: Commit) -> NoReturn:
     raise StateConflictError(
-        f"the commit {commit.commit_id!r} is already applied; its answer was too large to keep",
+        f"the commit {commit.commit_id!r} is already applied; its answer was not kept "
+        "(it was too large, or the context is gone since)",
         context_id=commit.context_id,
     )
 
