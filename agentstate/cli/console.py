@@ -236,7 +236,7 @@ def table(columns: Sequence[Column], rows: Iterator[Sequence[str]] | Sequence[Se
     console().print()
     if len(shown) < len(columns):
         left_out = ", ".join(column.title for i, column in enumerate(columns) if i not in shown)
-        note(f"The terminal is too narrow for the columns {left_out}.")
+        note(f"Not shown, since the terminal is too narrow: {left_out}.")
 
 
 def _page_of(rows: Iterator[Sequence[str]]) -> list[list[str]]:

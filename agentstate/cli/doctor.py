@@ -111,9 +111,9 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
         yield warning("configuration", "state management is switched off: `enabled: false`", "handlers get no context")
     try:
         place = chosen_place(chosen)
-        yield ok("storage", f"{place.backend}: {place.name}")
         test_id = f"agentstate-doctor-{uuid4().hex}"
         with place.open(shared=False, may_be_new=True) as storage:
+            yield ok("storage", f"{place.backend}: {place.name}")
             yield from _examine_storage(place, storage, None if read_only else test_id)
         if place.backend == "file":
             remove_log(place.name, test_id)

@@ -190,5 +190,5 @@ def _files(path: str, layout: str) -> Iterator[Finding]:
 
 def remove_log(folder: str, context_id: str) -> None:
     """Remove the log of a cleared conversation, which remembers commit ids for retries that nobody will make."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.unlink(os.path.join(folder, f"{file_stem(context_id)}.jsonl"))

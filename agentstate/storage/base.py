@@ -108,6 +108,12 @@ class StateStorage(ABC):
         self._dispatcher: Dispatcher | None = None
         _alive.add(self)
 
+    def __repr__(self) -> str:
+        # Only what holds no secret: other options, those of third parties included, may.
+        options = {name: getattr(self, name, None) for name in ("storage_dir", "key_prefix", "ttl", "max_history")}
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
+
     @property
     def dispatcher(self) -> Dispatcher:
         """The queue that joins waiting operations on this storage."""
