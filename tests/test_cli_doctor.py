@@ -73,9 +73,6 @@ def test_the_configuration_is_examined_first(tmp_path: Path) -> None:
     examine(tmp_path, "--read-only", "--strict", code=exits.PROBLEM)
 
 
-@pytest.mark.parametrize(
-    "options", [["--storage", "nothing"], ["--storage", "valkey"], ["-o", "ttl=-1"], ["--url", "http://x"]]
-)
 @pytest.mark.parametrize("layout", ["log", "document"])
 def test_doctor_leaves_no_file_behind(tmp_path: Path, layout: str) -> None:
     with SyncConversationContext(FileStorage(tmp_path / "store", layout=layout)) as context:
@@ -88,11 +85,14 @@ def test_doctor_leaves_no_file_behind(tmp_path: Path, layout: str) -> None:
 
 def test_a_server_that_refuses_connections_is_a_problem_at_once(tmp_path: Path) -> None:
     findings = examine(tmp_path, "--url", "valkey://127.0.0.1:1", "-o", "deadline=3600", code=exits.PROBLEM)
-    (level_, text, advice) = findings["connection"][0]
-    assert (level_, text) == ("problem", "cannot connect to 127.0.0.1:1: Connection refused")
+    found, text, advice = findings["connection"][0]
+    assert (found, text) == ("problem", "cannot connect to 127.0.0.1:1: Connection refused")
     assert "is the server running" in advice
 
 
+@pytest.mark.parametrize(
+    "options", [["--storage", "nothing"], ["--storage", "valkey"], ["-o", "ttl=-1"], ["--url", "http://x"]]
+)
 def test_bad_options_are_a_problem(tmp_path: Path, options: list[str]) -> None:
     assert level(examine(tmp_path, *options, code=exits.PROBLEM), "storage") == {"problem"}
 

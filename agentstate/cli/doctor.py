@@ -18,7 +18,7 @@ from ..registry import read_config
 from ..storage.base import StateStorage
 from ..transfer import pages_of_ids, read_contexts
 from . import console, exits
-from .doctor_file import look_at_folder, remove_log
+from .doctor_file import look_at_folder, remove_file
 from .doctor_valkey import advice_on_connecting, look_at_servers
 from .findings import Finding, note, ok, problem, warning
 from .store import Place, chosen_place, json_option, store_options_unread, use_config
@@ -116,7 +116,7 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
             yield ok("storage", f"{place.backend}: {place.name}")
             yield from _examine_storage(place, storage, None if read_only else test_id)
         if place.backend == "file":
-            remove_log(place.name, test_id)
+            remove_file(place.name, test_id)
     except StateConfigError as error:
         for text in error.problems or [str(error)]:
             yield problem("storage", text)
