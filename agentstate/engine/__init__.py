@@ -16,7 +16,7 @@ The states of a job:
 | ready   | oldest of its context, in `_Lane.ready`                         | running; gone if withdrawn (cancelled)  |
 | behind  | in `behind` of the oldest job                                   | ready or running; gone if withdrawn     |
 | running | in a group; counted in `running` of the oldest job              | done, when each operation is settled    |
-| done    | `outcomes` is set; the next job of the context represents it    | `deliver` is called: whoever waits goes on |
+| done    | `outcomes` is set; the next job of the context represents it    | `deliver` is called                     |
 
 A *lane* (`StateStorage.lane`) is a part of the storage that may be slow on its own, such as one server of a cluster. A
 group never mixes lanes, and each lane has at most `StateStorage.concurrency` groups at a time: a stalled lane does not

@@ -94,6 +94,12 @@ class StateStorage(ABC):
         """Functions that `close` calls first: they wait for the calls that are queued for this storage."""
         _alive.add(self)
 
+    def __repr__(self) -> str:
+        # Only what holds no secret: other options, those of third parties included, may.
+        options = {name: getattr(self, name, None) for name in ("storage_dir", "key_prefix", "ttl", "max_history")}
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
+
     @abstractmethod
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
         """Carry out `operations` and call `settle(index, outcome)` exactly once for each, as soon as it is known.
