@@ -15,7 +15,7 @@ from servers import ValkeyServer, wait_until
 from tls import TlsProxy
 
 from agentstate import ConversationContext, StateUnavailableError
-from agentstate.engine import engine_of
+from agentstate.engine import CallBack, engine_of
 from agentstate.operations import Append, Commit, Query, Window
 from agentstate.storage.valkey import ValkeyStorage
 from agentstate.storage.valkey.wire import Reader
@@ -37,7 +37,7 @@ def warm(storage: ValkeyStorage, connections: int) -> None:
 
 def submit(storage: ValkeyStorage, name: str, told: Callable[[Any], None]) -> None:
     commit = Commit(name, (Append((b'"hi"',)),), f"{name}-1", deadline=time.monotonic() + 10, fresh=True)
-    engine_of(storage).submit((commit,), told)
+    engine_of(storage).submit(CallBack((commit,), lambda job: told(job.outcomes)))
 
 
 @pytest.fixture
@@ -173,6 +173,6 @@ def test_without_libvalkey_half_an_answer_is_waited_for(start_valkey: Any, monke
             warm(storage, 2)
             told: list[Any] = []
             query = Query("a", history=Window(), deadline=time.monotonic() + 10)
-            engine_of(storage).submit((query,), told.append)
+            engine_of(storage).submit(CallBack((query,), lambda job: told.append(job.outcomes)))
             wait_until(lambda: told, "the answer")
             assert len(told[0][0].messages) == 5000

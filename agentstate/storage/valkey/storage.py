@@ -136,6 +136,9 @@ class ValkeyStorage(StateStorage):
         # What went over the connections, be it of documents or not.
         return replace(super().statistics(), bytes_written=sent, bytes_read=received, connections=connections)
 
+    def has_resources(self) -> bool:
+        return any(any(pool.figures()[:2]) for pool in self._servers.pools())
+
     def close(self) -> None:
         super().close()
         self._servers.close()
