@@ -6,16 +6,14 @@
         context.add_to_history("alice", "user", "Remember that I like tea")
 
 Names are loaded on first use, so that a script pays for what it uses: `import agentstate` alone imports none of
-asyncio, valkey, yaml, filelock and dataclasses-json. Modules that every script needs do without `typing` too, a fifth
-of what they cost: it is imported for type checkers, which take any `TYPE_CHECKING` to be true.
+asyncio, valkey, yaml, filelock and dataclasses-json.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
     from .aio import ConversationContext as ConversationContext
     from .blocking import SyncConversationContext as SyncConversationContext
     from .config import load_config as load_config

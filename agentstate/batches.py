@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
 
 from . import codec
 from .caller import (
@@ -27,12 +29,6 @@ from .engine.renewal import keep_renewing
 from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
-from .records import new_tuple
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
-    from typing import Any
 
 
 class Batch:
@@ -77,7 +73,7 @@ class Batch:
         self._check_no_context_id(metadata)
         limit = self._caller.storage.max_value_bytes
         text = codec.message(role, content, metadata, timestamp, context_id=self._context_id, limit=limit)
-        self._record(new_tuple(Append, ((text,),)))
+        self._record(Append((text,)))
 
     def extend_history(self, messages: Iterable[Mapping[str, Any]]) -> None:
         """Append messages."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
@@ -14,13 +15,9 @@ from .calllog import observed
 from .errors import StateError
 from .operations import Commit, Outcome, Query
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Concatenate, ParamSpec, TypeVar
-
-    P = ParamSpec("P")
-    R = TypeVar("R")
-    Call = Callable[Concatenate["SyncConversationContext", P], R]
+P = ParamSpec("P")
+R = TypeVar("R")
+Call = Callable[Concatenate["SyncConversationContext", P], R]
 
 _ONE_OPERATION = (Commit, Query)
 

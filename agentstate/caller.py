@@ -9,6 +9,8 @@ from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import count
 from math import inf
+from types import FrameType
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from . import codec
 from .engine import engine_of
@@ -30,20 +32,10 @@ from .operations import (
     Trim,
     Window,
 )
-from .records import new_tuple
 from .storage.base import StateStorage
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
-    from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
-
-    R = TypeVar("R")
-    CallerT = TypeVar("CallerT", bound="Caller")
-else:
-    from .records import NamedTuple
-
-    Generic, R = tuple, object  # which a class statement below names
+R = TypeVar("R")
+CallerT = TypeVar("CallerT", bound="Caller")
 
 
 UPDATABLE = ("user_id", "variables", "metadata", "history")
@@ -78,14 +70,11 @@ class Emit(NamedTuple, Generic[R]):
 
 
 Step: TypeAlias = Operation | Sleep | InOrder | Each
-if TYPE_CHECKING:
-    Calls: TypeAlias = Generator[Step, Any, R]
-    """What a documented call is here; R is what it returns to the caller."""
+Calls: TypeAlias = Generator[Step, Any, R]
+"""What a documented call is here; R is what it returns to the caller."""
 
-    Emits: TypeAlias = Generator[Operation | Emit[R], Any, None]
-    """What a documented iterator is here; R is what it hands out."""
-else:
-    Calls = Emits = Generator
+Emits: TypeAlias = Generator[Operation | Emit[R], Any, None]
+"""What a documented iterator is here; R is what it hands out."""
 
 
 # --- commit ids and turns -------------------------------------------------------------------------------------------
@@ -187,21 +176,14 @@ class Caller:
         storage = self.storage
         if storage.max_history is not None and any(type(change) is Append for change in changes):
             changes = (*changes, Trim(storage.max_history))
-        return new_tuple(
-            Commit,
-            (
-                context_id,
-                changes,
-                self._own_id(new_commit_id() if commit_id is None else check_commit_id(commit_id)),
-                self.user_id,
-                self._fence(context_id) if self._fences or held_turns.get() else None,
-                False,
-                None,
-                None,
-                b"",
-                time.monotonic() + storage.deadline,
-                commit_id is None,
-            ),
+        return Commit(
+            context_id,
+            changes,
+            self._own_id(new_commit_id() if commit_id is None else check_commit_id(commit_id)),
+            user=self.user_id,
+            fence=self._fence(context_id) if self._fences or held_turns.get() else None,
+            deadline=time.monotonic() + storage.deadline,
+            fresh=commit_id is None,
         )
 
     def _own_id(self, commit_id: str) -> str:
@@ -223,7 +205,7 @@ class Caller:
         history: Window | None = None,
     ) -> Query:
         deadline = time.monotonic() + self.storage.deadline
-        return new_tuple(Query, (check_context_id(context_id), variables, metadata, history, self.user_id, deadline))
+        return Query(check_context_id(context_id), variables, metadata, history, self.user_id, deadline)
 
     def _encode(self, value: Any, name: str, context_id: str) -> bytes:
         return codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
@@ -310,7 +292,7 @@ def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
 def put(self: Caller, space: Space, context_id: str, key: str, value: Any) -> Put:
     name = codec.key(key, "key", context_id)
     text = codec.encode(value, name, context_id=context_id, limit=self.storage.max_value_bytes)
-    return new_tuple(Put, (space, ((name, text),), False))
+    return Put(space, ((name, text),))
 
 
 def entries(self: Caller, context_id: str, values: Mapping[str, Any], what: str) -> tuple[tuple[str, bytes], ...]:

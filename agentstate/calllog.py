@@ -5,20 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .caller import Each, Emit, InOrder
 from .errors import StateError
 from .operations import Change, Commit
+from .storage.base import StateStorage
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from logging import Logger
-    from typing import Any, TypeVar
 
-    from .storage.base import StateStorage
-
-    R = TypeVar("R")
-    S = TypeVar("S")
+R = TypeVar("R")
+S = TypeVar("S")
 
 
 LOGGED_AS = ["agentstate.context"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import count
 from types import FunctionType
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from . import codec
 from .caller import (
@@ -50,17 +51,14 @@ from .operations import (
     Trim,
     Window,
 )
-from .records import new_tuple
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
-    from typing import Any, Final, ParamSpec, TypeVar
 
     from .state import ConversationState, Message
 
-    P = ParamSpec("P")
-    R = TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 # --- the whole context ----------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def get_state(self: Caller, /, context_id: str, *, history_limit: int | None = N
 
     With `history_limit` only the last so many messages are read; the cost is then the same however long the history.
     """
-    window = new_tuple(Window, (count_or_none("history_limit", history_limit), None, None))
+    window = Window(count_or_none("history_limit", history_limit))
     snapshot = yield self._query(context_id, None, None, window)
     return None if snapshot is None else _state(context_id, snapshot)
 
@@ -211,7 +209,7 @@ def add_to_history(
     """
     limit = self.storage.max_value_bytes
     text = codec.message(role, content, metadata, None, context_id=context_id, limit=limit)
-    yield self._commit(context_id, commit_id, new_tuple(Append, ((text,),)))
+    yield self._commit(context_id, commit_id, Append((text,)))
 
 
 def extend_history(
@@ -231,7 +229,7 @@ def get_history(
     `before`: only messages before this position, for paging backwards. Raises ValueError for a negative `limit`.
     Costs the same for any length of the history if `limit` is given (and the page is near one of its ends).
     """
-    window = new_tuple(Window, (count_or_none("limit", limit), count_or_none("before", before), None))
+    window = Window(count_or_none("limit", limit), count_or_none("before", before))
     snapshot = yield self._query(context_id, history=window)
     return [] if snapshot is None else _messages(snapshot)
 

@@ -13,13 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from math import isfinite
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import StateSerializationError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
-    from typing import Any, Final
 
 
 MAX_DEPTH: Final = 200

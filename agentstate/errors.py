@@ -20,10 +20,7 @@ Every call that raises says which of three holds: *not done* (unavailable, timeo
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from typing import Any
 
 
 class StateError(Exception):

@@ -5,14 +5,9 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
+from typing import Any, Final, NamedTuple
 
 from .errors import InvalidContextIdError, StateConfigError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Final, NamedTuple
-else:
-    from .records import NamedTuple
 
 MAX_CONTEXT_ID_BYTES: Final = 1024
 

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Final, Literal, NamedTuple, TypeAlias
-else:
-    from .records import NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 NEVER: Final = float("inf")
 

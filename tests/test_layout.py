@@ -30,7 +30,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.storage.resolve",),
     ("agentstate.codec", "agentstate.decoding", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
     ("agentstate.state",),
-    ("agentstate.errors", "agentstate.records", "agentstate.version"),
+    ("agentstate.errors", "agentstate.version"),
 )
 
 

@@ -43,7 +43,6 @@ def test_a_script_imports_little_for_it() -> None:
         "datetime",
         "inspect",
         "logging",
-        "typing",
     ]
     program = f"""
         import sys

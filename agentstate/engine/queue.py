@@ -9,17 +9,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from queue import Empty, SimpleQueue
 from time import monotonic_ns
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateConflictError, StateError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome, Query
 from ..storage.base import PENDING, StateStorage, abandoned
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from logging import Logger
-    from typing import Any, Final, TypeAlias
 
-    Outcomes: TypeAlias = list[Outcome | StateError]
+Outcomes: TypeAlias = list[Outcome | StateError]
 
 IDLE_SECONDS: Final = 10.0
 """A worker thread with nothing to do for so long ends."""

@@ -8,11 +8,8 @@ import time
 
 from ..errors import StateUnavailableError
 from ..operations import Lease
+from ..storage.base import StateStorage
 from .queue import CallBack, Job, engine_of
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..storage.base import StateStorage
 
 
 class Renewal:

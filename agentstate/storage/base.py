@@ -11,16 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from math import inf
 from time import monotonic_ns
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from ..codec import MAX_VALUE_BYTES
 from ..errors import StateConfigError, StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
 from ..operations import LONGEST, NEVER, Commit, Listing, Operation, Outcome
 from .tally import TIMED_ONE_IN, Tally
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, ClassVar, Final, TypeAlias
-
     from .statistics import StorageStatistics
 
 Settle: TypeAlias = Callable[[int, Outcome | StateError], None]

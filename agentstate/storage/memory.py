@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, ClassVar, Final
 
 from ..errors import StateConflictError, StateError
 from ..operations import (
@@ -27,11 +28,6 @@ from ..operations import (
 )
 from .base import Settle, StateStorage, check_deadline, now_microseconds
 from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, ClassVar, Final
-
 
 _COMPACT: Final = 64
 """A list of messages is made anew where more than half of it, and more than so many, are gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import Any, Final, NoReturn
 
 from ..codec import MAX_INTEGER_DIGITS, decode
 from ..errors import StateAccessError, StateConflictError, TurnLostError
@@ -35,11 +36,6 @@ from ..operations import (
     kept_answer,
     visible,
 )
-from ..records import new_tuple
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Final, NoReturn
 
 TRUE: Final[Answer] = b"true"
 FALSE: Final[Answer] = b"false"
@@ -123,21 +119,18 @@ class Image:
         if window is not None:
             first, stop = visible(window, self.start, self.end)
             messages = read(first, stop) if first < stop else ()
-        return new_tuple(
-            Snapshot,
-            (
-                self.user_id,
-                self.created,
-                self.updated,
-                self.revision,
-                self.start,
-                self.end,
-                {} if variables == () else _selected(self.variables, variables),
-                {} if metadata == () else _selected(self.metadata, metadata),
-                first,
-                messages,
-                self.expires,
-            ),
+        return Snapshot(
+            self.user_id,
+            self.created,
+            self.updated,
+            self.revision,
+            self.start,
+            self.end,
+            {} if variables == () else _selected(self.variables, variables),
+            {} if metadata == () else _selected(self.metadata, metadata),
+            first,
+            messages,
+            self.expires,
         )
 
 

@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from time import monotonic
+from typing import Final
 
 from ..errors import StateError
 from ..operations import Commit, Lease, Listing, Operation, Outcome, Query
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Final
 
 TOTAL: Final = 64
 """Where a histogram has the sum of its values. At n < 64 it has how many values took n bits, that is, were less than
