@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import signal
@@ -35,6 +36,7 @@ def interrupts(random: Random, rounds: int, figures: Figures, *, make: Callable[
         name = f"{number}-{random.getrandbits(32)}"
         figures.faults += 1
         read, write = os.pipe()
+        gc.collect()  # what is raised while the child collects our garbage, Python would ignore
         pid = os.fork()
         if pid == 0:
             _be_interrupted(make(deadline=_DEADLINE), name, number % 3 == 0, write)
