@@ -79,9 +79,9 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from .version import __version__
 
-        return version("agentstate")
+        return __version__
     if name not in _HOMES:
         raise AttributeError(f"module 'agentstate' has no attribute {name!r}")
     from importlib import import_module

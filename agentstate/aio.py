@@ -1,35 +1,25 @@
 """`ConversationContext`: the documented operations, awaitable.
 
-A thread-pool adapter over the blocking storages. Calls made in one pass of the event loop are handed to the storage's
-dispatcher together; its worker threads carry out all that waits as one group (one pipeline, one flush), and the
-outcomes come back to the loop together. A context belongs to no event loop: it works across threads and across many
-`asyncio.run` calls.
+A thread-pool adapter over the blocking storages: calls are queued in the storage's engine, whose worker threads carry
+out all that waits as one group (one pipeline, one flush). A context is not tied to an event loop: it works across
+threads and across many `asyncio.run` calls.
 """
 
 from __future__ import annotations
 
 import asyncio
-import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
-from contextlib import suppress
-from contextvars import Context
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from . import calls
 from .batches import Batch, Turn
 from .caller import Caller, Calls, Each, Emit, Emits, InOrder, Sleep, Step
 from .calllog import observed
-from .errors import StateError, StateOutcomeUnknownError
+from .engine.loops import awaited, carry_out, leave
+from .errors import StateError
 from .operations import Commit, Outcome, Query
-from .storage.base import StateStorage
-from .storage.dispatch import Dispatcher
-from .storage.jobs import Job, key_of
-from .storage.processors import Home, find_processor
-
-if TYPE_CHECKING:
-    from .storage.jobs import Outcomes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,15 +34,21 @@ def _driven(call: Callable[Concatenate[Any, P], Calls[R]]) -> Call[P, Coroutine[
     """A coroutine function that runs a call to its end."""
 
     async def method(self: ConversationContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        storage = self.storage
+        storage, engine = self.storage, self._engine
         steps = observed(call(self, *args, **kwargs), storage)
         try:
             step = next(steps)
             while True:
                 try:
                     kind = type(step)
-                    if storage.waits and (kind is Commit or kind is Query):  # for speed alone: nearly all steps are
-                        (outcome,) = await _Wait((step,), storage.dispatcher)
+                    if storage.blocking and (kind is Commit or kind is Query):  # for speed alone: nearly all steps are
+                        job = awaited(engine, (step,))  # type: ignore[arg-type]
+                        try:
+                            await job.future
+                        except BaseException as error:
+                            await leave(engine, job, error)
+                            raise
+                        outcome = job.outcomes[0]
                         if isinstance(outcome, StateError):
                             raise outcome
                     else:
@@ -156,7 +152,7 @@ class ConversationContext(Caller):
 
     async def aclose(self) -> None:
         """Close the storage, after what is under way. Closing twice is fine."""
-        if self.storage.waits:
+        if self.storage.blocking:
             await asyncio.to_thread(self.storage.close)
         else:
             self.storage.close()
@@ -180,11 +176,16 @@ class ConversationContext(Caller):
         if isinstance(step, Each):
             return await asyncio.gather(*map(self._outcome, step.operations), return_exceptions=True)
         if isinstance(step, InOrder):
-            return [_raised(outcome) for outcome in await _carry_out(self.storage, step.operations)]
+            return [_raised(outcome) for outcome in await self._outcomes(step.operations)]
         return await self._outcome(step)
 
     async def _outcome(self, operation: Any) -> Outcome:
-        return _raised((await _carry_out(self.storage, (operation,)))[0])
+        return _raised((await self._outcomes((operation,)))[0])
+
+    async def _outcomes(self, operations: tuple[Any, ...]) -> list[Outcome | StateError]:
+        if self.storage.blocking:
+            return await carry_out(self._engine, operations)
+        return self.storage.carry_out(operations)
 
 
 class AsyncBatch(Batch):
@@ -208,7 +209,7 @@ class AsyncTurn(Turn):
     _caller: ConversationContext
 
     async def __aenter__(self) -> AsyncTurn:
-        await self._caller._run(self._take())
+        await self._caller._run(self._take(sys._getframe(1)))
         return self
 
     async def __aexit__(
@@ -221,184 +222,3 @@ def _raised(outcome: Outcome | StateError) -> Outcome:
     if isinstance(outcome, StateError):
         raise outcome
     return outcome
-
-
-# --- between an event loop and the dispatchers ----------------------------------------------------------------------
-
-
-_NO_OUTCOMES: Final[Any] = ()
-
-
-class _Wait(Job):
-    """A job that a task of an event loop awaits: ``outcomes = await _Wait(operations, dispatcher)``.
-
-    It is what asyncio calls future-like, and not a future: when it is done, the task goes on in the same pass of the
-    loop. (A future would put a callback for each task into the loop's queue, a tenth of what a call costs.)
-    """
-
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_dispatcher", "_go_on", "_port")
-
-    def __init__(self, operations: tuple[Any, ...], dispatcher: Dispatcher) -> None:
-        self.operations = operations  # what `Job` does, without a call and a list: there is one of these for each await
-        self.outcomes: Outcomes = _NO_OUTCOMES
-        first = operations[0]
-        self.key = first.context_id if type(first) is Commit else key_of(first)
-        self._dispatcher = dispatcher
-        self.mailbox = self._port = _port_of_this_loop()
-        self._go_on: Callable[[_Wait], object] | None = None  # lets the task go on, if it waits
-        self._cancelled: asyncio.CancelledError | None = None
-
-    def __await__(self) -> Generator[_Wait, None, Outcomes]:
-        self._port.send(self._dispatcher, self)
-        self._asyncio_future_blocking = True
-        try:
-            yield self
-        except asyncio.CancelledError as cancelled:
-            # A task is woken for its cancellation one pass of the loop later at the soonest: the job was handed over,
-            # if no handler of a signal has raised in between.
-            if not self._port.take_back(self._dispatcher, self) and not self._dispatcher.withdraw(self):
-                # Waits on, however often the task is cancelled. The deadlines of the operations bound the wait.
-                while not self.outcomes:
-                    self._asyncio_future_blocking = True
-                    with suppress(asyncio.CancelledError):
-                        yield self
-                for outcome in self.outcomes:
-                    if isinstance(outcome, StateOutcomeUnknownError):
-                        raise cancelled from outcome
-            raise
-        return self.outcomes
-
-    def go_on(self) -> None:
-        """Let the task go on. Called by the event loop, as is all that follows, which asyncio wants of a future."""
-        go_on, self._go_on = self._go_on, None
-        if go_on is not None:
-            self._context.run(go_on, self)
-
-    def get_loop(self) -> asyncio.AbstractEventLoop | None:
-        return self._port.loop()
-
-    def add_done_callback(self, function: Callable[[_Wait], object], *, context: Context) -> None:
-        self._go_on = function
-        self._context = context
-
-    def cancel(self, msg: Any = None) -> bool:
-        loop = self._port.loop()
-        if self._cancelled is not None or self._go_on is None or loop is None:
-            return False
-        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
-        loop.call_soon(self.go_on)
-        return True
-
-    def result(self) -> None:
-        cancelled, self._cancelled = self._cancelled, None
-        if cancelled is not None:
-            raise cancelled
-
-
-_this_processor = find_processor()
-
-
-class _Port:
-    """One event loop's two mailboxes: jobs on their way to the dispatchers, and finished ones on their way back."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = weakref.ref(loop)
-        self.inbox: deque[_Wait] = deque()
-        self._woken = False
-        self._is_opening = False  # `_open_inbox` sends what is sent meanwhile at its end
-        self._outbox: dict[Dispatcher, list[Job]] = {}
-        self._home = Home(_this_processor)
-
-    def send(self, dispatcher: Dispatcher, job: Job) -> None:
-        """Hand a job over at the end of this pass of the loop, together with all others of the pass."""
-        outbox = self._outbox
-        jobs = outbox.get(dispatcher)
-        if jobs is not None:
-            jobs.append(job)
-            return
-        if not outbox and not self._is_opening:
-            asyncio.get_running_loop().call_soon(self._send_all)
-        outbox[dispatcher] = [job]
-
-    def take_back(self, dispatcher: Dispatcher, job: _Wait) -> bool:
-        """For a job that is cancelled: whether it is still here.
-
-        KeyboardInterrupt and SystemExit, raised by the handler of a signal while the loop is about to make a callback,
-        make it forget that one. It may have been `_send_all`, or `_open_inbox`: the next job that is done has to wake
-        the loop again.
-        """
-        self._woken = False
-        jobs = self._outbox.get(dispatcher, ())
-        if job not in jobs:
-            return False
-        del self._outbox[dispatcher]
-        dispatcher.submit_jobs([other for other in jobs if other is not job])
-        return True
-
-    def _send_all(self) -> None:
-        outbox, self._outbox = self._outbox, {}
-        try:
-            for dispatcher, jobs in outbox.items():
-                dispatcher.submit_jobs(jobs, self._home.processor())
-        except BaseException:  # KeyboardInterrupt, SystemExit: without this, tasks would wait for ever
-            for dispatcher, jobs in outbox.items():
-                dispatcher.submit_jobs(jobs)
-            raise
-
-    def deliver(self, jobs: Sequence[_Wait]) -> None:
-        """Called by worker threads."""
-        self.inbox.extend(jobs)
-        self._wake()
-
-    def _wake(self) -> None:
-        """Called after jobs were put into the inbox. Wakes the loop once while it is busy."""
-        # No lock: the box is emptied after `_woken` is taken down, so a job that was put in before is seen, and one
-        # that is put in after wakes the loop again (at worst once too often).
-        if self._woken:
-            return
-        self._woken = True
-        loop = self.loop()
-        if loop is not None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(self._open_inbox)
-
-    def _open_inbox(self) -> None:
-        self._woken = False
-        self._is_opening = True
-        inbox = self.inbox
-        try:
-            while inbox:
-                job = inbox[0]
-                go_on, job._go_on = job._go_on, None
-                if go_on is not None:
-                    job._context.run(go_on, job)
-                inbox.popleft()
-        finally:
-            self._is_opening = False
-            if self._outbox:  # what these tasks wait for next: now, not after the loop has looked what else there is
-                self._send_all()
-            if inbox:  # a task was interrupted (KeyboardInterrupt, SystemExit); telling it again does nothing
-                self._wake()
-
-
-_ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
-_last_port: _Port | None = None  # most programs have one loop: found without a look into the dictionary
-
-
-def _port_of_this_loop() -> _Port:
-    global _last_port
-    loop = asyncio.get_running_loop()
-    port = _last_port
-    if port is None or port.loop() is not loop:
-        port = _ports.get(loop)
-        if port is None:
-            port = _ports[loop] = _Port(loop)
-        _last_port = port
-    return port
-
-
-async def _carry_out(storage: StateStorage, operations: tuple[Any, ...]) -> Outcomes:
-    """Carry out operations on one context, in order."""
-    if not storage.waits:
-        return storage.carry_out(operations)
-    return await _Wait(operations, storage.dispatcher)

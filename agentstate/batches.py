@@ -22,14 +22,16 @@ from .caller import (
     put,
     state_changes,
 )
+from .engine import CallBack
+from .engine.renewal import keep_renewing
 from .errors import StateConflictError, StateError, StateOutcomeUnknownError, StateTimeoutError
 from .keys import check_context_id
 from .operations import Append, Change, Delete, Drop, Lease, Put, Space, Trim
 from .records import new_tuple
-from .storage.renewal import keep_renewing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType
     from typing import Any
 
 
@@ -57,6 +59,11 @@ class Batch:
         self._open = True
         self._changes = []
 
+    def _check_no_context_id(self, last: object) -> None:
+        """Raise TypeError where the last argument is text: the arguments begin with a context id, as elsewhere."""
+        if isinstance(last, str):
+            raise TypeError(f"the methods of a batch take no context_id: its context is {self._context_id!r}")
+
     def _finish(self, failed: bool) -> Calls[None]:
         """Commit what was collected, unless the block failed."""
         self._open = False
@@ -67,6 +74,7 @@ class Batch:
         self, role: str, content: Any, metadata: Mapping[str, Any] | None = None, *, timestamp: str | None = None
     ) -> None:
         """Append a message."""
+        self._check_no_context_id(metadata)
         limit = self._caller.storage.max_value_bytes
         text = codec.message(role, content, metadata, timestamp, context_id=self._context_id, limit=limit)
         self._record(new_tuple(Append, ((text,),)))
@@ -99,6 +107,7 @@ class Batch:
 
     def increment_variable(self, key: str, by: float = 1) -> None:
         """Add to a variable. If it turns out to be no number, the whole batch is a StateConflictError."""
+        self._check_no_context_id(by)
         self._record(increment(self._caller, self._context_id, key, by))
 
     def set_metadata(self, key: str, value: Any) -> None:
@@ -118,6 +127,10 @@ class Batch:
         self._record(Delete())
 
 
+_holders: dict[tuple[int, str], HeldTurn] = {}
+"""The turns that this process holds, by the id of the storage and the context id."""
+
+
 class Turn(Batch):
     """A batch that also holds the context's lease: one turn at a time, across threads, processes and machines."""
 
@@ -127,6 +140,7 @@ class Turn(Batch):
         super().__init__(caller, context_id, commit_id)
         self._lease = positive("lease", lease)
         self._timeout = self._lease + 10 if timeout is None else positive("timeout", timeout, zero=True)
+        self._held: HeldTurn | None = None
         self.token = ""
         """The fencing token of the turn while it is held."""
 
@@ -134,12 +148,32 @@ class Turn(Batch):
         caller = self._caller
         return Lease(self._context_id, action, self.token, self._lease, caller.user_id, caller._deadline())
 
-    def _take(self, *, track: bool = True) -> Calls[None]:
-        """Wait for the lease. `track`: writes of the running code through the caller carry the fence from now on."""
-        if self._caller._fence(self._context_id) is not None:
-            raise StateConflictError(
-                f"a turn on {self._context_id!r} is held here already; turns do not nest", context_id=self._context_id
+    def _check_not_nested(self) -> None:
+        """Raise StateConflictError where the running code is inside a turn on this context: it would wait for itself.
+
+        Inside is what the block called, and what inherited the turn from there (a task, a thread with the same
+        context variables). The caller of a generator that holds one is not: it waits, until the generator is closed.
+        """
+        caller, context_id = self._caller, self._context_id
+        holder = _holders.get((id(caller.storage), context_id))
+        if (
+            context_id in caller._fences
+            or (holder is not None and holder.is_running())
+            or any(
+                turn.caller is caller and turn.context_id == context_id and not turn.is_left()
+                for turn in held_turns.get()
             )
+        ):
+            raise StateConflictError(
+                f"this code runs inside a turn on {context_id!r} already; turns do not nest", context_id=context_id
+            )
+
+    def _take(self, block: FrameType, *, track: bool = True) -> Calls[None]:
+        """Wait for the lease, for the code of a frame.
+
+        `track`: writes of the running code through the caller carry the fence from now on.
+        """
+        self._check_not_nested()
         self._enter()
         self.token = os.urandom(12).hex()
         give_up = time.monotonic() + self._timeout
@@ -166,8 +200,10 @@ class Turn(Batch):
             if taken or (unanswered and isinstance(error, GeneratorExit | StateOutcomeUnknownError)):
                 self._give_back()  # it may be held, though nobody heard of it
             raise
+        self._held = HeldTurn(self._caller, self._context_id, self.token, block)
+        _holders[id(self._caller.storage), self._context_id] = self._held
         if track:
-            held_turns.set((*held_turns.get(), HeldTurn(self._caller, self._context_id, self.token)))
+            held_turns.set((*held_turns.get(), self._held))
 
     def _end(self, failed: bool) -> Calls[None]:
         """Commit what was collected, with the fence, unless the block failed; give the lease back in any case."""
@@ -182,15 +218,23 @@ class Turn(Batch):
         finally:
             self._open = False
             self._renewal.stop()
-            held_turns.set(tuple(turn for turn in held_turns.get() if turn.token != self.token))
+            self._leave()
             if interrupted:
                 self._give_back()
             else:
                 yield from self._release()
 
+    def _leave(self) -> None:
+        held = self._held
+        if held is not None:
+            held.block = None
+            if _holders.get(key := (id(self._caller.storage), self._context_id)) is held:
+                del _holders[key]
+            held_turns.set(tuple(turn for turn in held_turns.get() if turn is not held))
+
     def _give_back(self) -> None:
         """Give the lease back without waiting for it, where the code that would have waited was cancelled."""
-        self._caller.storage.dispatcher.submit((self._lease_step("release"),), lambda _: None)
+        self._caller._engine.submit(CallBack((self._lease_step("release"),), lambda _: None))
 
     def _release(self) -> Calls[None]:
         try:

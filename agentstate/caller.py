@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
@@ -10,9 +11,11 @@ from itertools import count
 from math import inf
 
 from . import codec
-from .errors import StateAccessError
+from .engine import engine_of
+from .errors import StateAccessError, StateConfigError
 from .keys import check_context_id, check_user_id
 from .operations import (
+    CHANGED,
     LONGEST,
     MOST,
     Append,
@@ -28,12 +31,12 @@ from .operations import (
     Window,
 )
 from .records import new_tuple
+from .storage.base import StateStorage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType
     from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
-
-    from .storage.base import StateStorage
 
     R = TypeVar("R")
     CallerT = TypeVar("CallerT", bound="Caller")
@@ -105,12 +108,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_process_id)
 
 
-class HeldTurn(NamedTuple):
-    """A turn that the running code is inside of."""
+_GENERATOR = 0x20 | 0x200  # of code objects: inspect.CO_GENERATOR, CO_ASYNC_GENERATOR
 
-    caller: Caller
-    context_id: str
-    token: str
+
+class HeldTurn:
+    """A turn whose block the running code is inside of, or was: tasks, and the callers of generators, inherit it.
+
+    `block` is the frame of the block; None when the turn has ended.
+    """
+
+    __slots__ = ("block", "caller", "context_id", "token")
+
+    def __init__(self, caller: Caller, context_id: str, token: str, block: FrameType) -> None:
+        self.caller = caller
+        self.context_id = context_id
+        self.token = token
+        self.block: FrameType | None = block
+
+    def is_running(self) -> bool:
+        """Whether this is called from inside the block, directly or through others."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.block:
+            frame = frame.f_back
+        return frame is not None
+
+    def is_left(self) -> bool:
+        """Whether the turn has ended, or its block is one of a generator whose caller is running instead."""
+        block = self.block
+        return block is None or (bool(block.f_code.co_flags & _GENERATOR) and not self.is_running())
 
 
 held_turns: ContextVar[tuple[HeldTurn, ...]] = ContextVar("agentstate_turns", default=())
@@ -127,8 +152,10 @@ class Caller:
             from .storage.memory import InMemoryStorage
 
             storage = InMemoryStorage()
-        self.storage = storage
+        self.storage = check_storage(storage)
+        self._engine = engine_of(self.storage)
         self.user_id = None if user_id is None else check_user_id(user_id)
+        self._tag = "" if user_id is None else _tag(user_id)
         self._fences: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -151,7 +178,7 @@ class Caller:
         if token is not None:
             return token
         for turn in held_turns.get():
-            if turn.caller is self and turn.context_id == context_id:
+            if turn.caller is self and turn.context_id == context_id and turn.block is not None:
                 return turn.token
         return None
 
@@ -165,7 +192,7 @@ class Caller:
             (
                 context_id,
                 changes,
-                new_commit_id() if commit_id is None else check_commit_id(commit_id),
+                self._own_id(new_commit_id() if commit_id is None else check_commit_id(commit_id)),
                 self.user_id,
                 self._fence(context_id) if self._fences or held_turns.get() else None,
                 False,
@@ -176,6 +203,17 @@ class Caller:
                 commit_id is None,
             ),
         )
+
+    def _own_id(self, commit_id: str) -> str:
+        """The commit id as it is remembered, which is for each user apart: what a bound caller gives carries its tag.
+
+        An id that carries it already, such as that of an error, stays as it is.
+        """
+        return commit_id if commit_id.endswith(self._tag) else commit_id + self._tag
+
+    def _look_up(self, context_id: str, commit_id: str) -> Commit:
+        """An operation that answers as the remembered commit of that id did, and CHANGED where none is remembered."""
+        return self._commit(context_id, commit_id)._replace(answer=CHANGED)
 
     def _query(
         self,
@@ -197,6 +235,25 @@ class Caller:
         if self.user_id is not None and user_id != self.user_id:
             raise StateAccessError(f"this context is bound to {self.user_id!r}, not {user_id!r}", context_id=context_id)
         return check_user_id(user_id)
+
+
+def _tag(user_id: str) -> str:
+    from hashlib import sha256  # late: only bound contexts pay for OpenSSL
+
+    return "~" + sha256(user_id.encode()).hexdigest()[:16]
+
+
+def check_storage(storage: Any) -> StateStorage:
+    """`storage`, if it is a storage object. Raises StateConfigError, for a name or a class too."""
+    if isinstance(storage, StateStorage):
+        return storage
+    if isinstance(storage, type):
+        advice = f"make an object of the class: {storage.__name__}(...)"
+    else:
+        name = storage if isinstance(storage, str) and storage.isidentifier() else "file"
+        manager = f"get_context_manager({name!r}"
+        advice = f"for a storage by its name use {manager}) or, for the blocking context, {manager}, blocking=True)"
+    raise StateConfigError(f"storage must be a storage object such as InMemoryStorage(), got {storage!r:.80}; {advice}")
 
 
 def check_commit_id(commit_id: Any) -> str:
@@ -228,7 +285,12 @@ def state_changes(self: Caller, context_id: str, fields: Mapping[str, Any]) -> l
 
 
 def message_texts(self: Caller, context_id: str, messages: Iterable[Mapping[str, Any]]) -> tuple[bytes, ...]:
-    """The stored forms of messages given as mappings."""
+    """The stored forms of messages given as mappings, dataclasses or models of pydantic."""
+    given: object = messages
+    if isinstance(given, Mapping | str) or not hasattr(given, "__iter__") or hasattr(given, "role"):
+        raise TypeError(
+            f"messages must be a list of messages, got {type(given).__name__}; put a single one into a list"
+        )
     limit = self.storage.max_value_bytes
     return tuple(
         codec.message_from_mapping(given, f"messages[{index}]", context_id=context_id, limit=limit)
@@ -239,9 +301,9 @@ def message_texts(self: Caller, context_id: str, messages: Iterable[Mapping[str,
 def increment(self: Caller, context_id: str, key: str, by: float) -> Increment:
     """The change that adds `by`. Raises TypeError or ValueError unless it is an integer or a finite float."""
     if isinstance(by, bool) or not isinstance(by, int | float):
-        raise TypeError(f"by is an integer or a float, not {type(by).__name__}")
+        raise TypeError(f"by must be an integer or a float, got {type(by).__name__}")
     if by != by or abs(by) == inf:  # not isfinite(): it fails for large integers
-        raise ValueError(f"by is finite, not {by!r}")
+        raise ValueError(f"by must be finite, got {by!r}")
     return Increment(codec.key(key, "key", context_id), self._encode(by, "by", context_id))
 
 

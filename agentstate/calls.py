@@ -131,6 +131,8 @@ def fork_context(
     """
     count_or_none("upto", upto)
     check_context_id(target)
+    if commit_id is not None and (yield self._look_up(target, commit_id)) != CHANGED:
+        return  # applied before; the source may be gone by now
     snapshot = yield self._query(source, variables=None, metadata=None, history=Window(before=upto))
     if snapshot is None:
         raise ContextNotFoundError(f"there is no context {source!r} to fork", context_id=source)
@@ -278,14 +280,20 @@ def get_variable(
 ) -> Calls[Any]:
     """The value of a variable: the caller's own copy. `default` if the variable or the context does not exist.
 
-    `as_type`: a dataclass to decode it into, with dataclasses-json.
+    `as_type`: what to decode it into, a dataclass (dataclasses-json's settings hold), a model of pydantic, or anything
+    else that a dataclass's field may be annotated with. Raises StateSerializationError, with the path of the field,
+    where the stored value does not fit.
     """
     snapshot = yield self._query(context_id, variables=(codec.key(key, "key", context_id),))
     text = None if snapshot is None else snapshot.variables.get(key)
     if text is None:
         return default
     value = codec.decode(text)
-    return value if as_type is None else codec.decode_as(as_type, value)
+    if as_type is None:
+        return value
+    from .decoding import decode_as  # late: few need it
+
+    return decode_as(as_type, value, key, context_id=context_id)
 
 
 def get_variables(self: Caller, /, context_id: str) -> Calls[dict[str, Any]]:
@@ -324,7 +332,7 @@ def increment_variable(
     An absent variable counts as 0. Raises StateConflictError if it is no number.
     """
     answer = yield self._commit(context_id, commit_id, increment(self, context_id, key, by))
-    return codec.decode(answer)
+    return _value(answer)
 
 
 def update_variable(
@@ -347,14 +355,24 @@ def update_variable(
     commit_id = new_commit_id() if commit_id is None else check_commit_id(commit_id)
     deadline = self._deadline()
     fallback = self._encode(default, "default", context_id)
+    query = self._query(context_id, variables=(name,))._replace(deadline=deadline)
     for attempt in count(1):
-        snapshot = yield self._query(context_id, variables=(name,))._replace(deadline=deadline)
+        if fresh:
+            snapshot = yield query
+        else:  # applied before, it answers as then, without another call of the function
+            applied, snapshot = yield InOrder((self._look_up(context_id, commit_id), query))
+            if applied != CHANGED:
+                return _value(applied)
         before = None if snapshot is None else snapshot.variables.get(name)
-        after = self._encode(function(codec.decode(fallback if before is None else before)), name, context_id)
+        value = function(codec.decode(fallback if before is None else before))
+        if hasattr(value, "__await__"):
+            getattr(value, "close", bool)()  # nobody will await it
+            raise TypeError("function must be a plain function, got an async one: await what it needs beforehand")
+        after = self._encode(value, name, context_id)
         commit = self._commit(context_id, commit_id, Put(Space.VARIABLES, ((name, after),)))
         outcome = yield commit._replace(expect=(name, before), answer=after, deadline=deadline, fresh=fresh)
         if outcome != CHANGED:
-            return codec.decode(outcome)
+            return _value(outcome)
         if time.monotonic() > deadline:
             break
         if attempt > 2:  # the clock's last digits spread those who compete
@@ -429,6 +447,11 @@ def _messages(snapshot: Snapshot) -> list[Message]:
 
 def _decoded(texts: dict[str, bytes]) -> dict[str, Any]:
     return dict(zip(texts, codec.decode_all(texts.values()), strict=True)) if texts else {}
+
+
+def _value(answer: bytes) -> Any:
+    """What a commit answered; None where its id is that of a commit that had no answer."""
+    return codec.decode(answer) if answer else None
 
 
 def _boolean(answer: bytes) -> bool:

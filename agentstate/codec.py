@@ -1,13 +1,15 @@
 """JSON in and out: what may be stored, and how.
 
 Kept exactly: integers up to Python's own text limit of 4,300 digits, finite floats, valid Unicode, ``[]`` beside
-``{}``. Converted: tuple to list, datetime and date to ISO 8601 text, dataclass to dict, and subclasses of JSON's types
-to these types. Everything else is refused with the path of the culprit, before anything is changed.
+``{}``. Converted: tuple to list, datetime and date to ISO 8601 text, dataclass to dict, a model of pydantic to its JSON
+dump, and subclasses of JSON's types to these types. Everything else is refused with the path of the culprit, before
+anything is changed.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from math import isfinite
@@ -17,12 +19,14 @@ from .errors import StateSerializationError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
-    from typing import Any, Final, TypeVar
+    from typing import Any, Final
 
-    T = TypeVar("T")
 
 MAX_DEPTH: Final = 200
 """Levels of nesting. Python's own reader and writer recurse, and a handler may call them from a deep stack."""
+
+_SHOWN_STEPS: Final = 8
+"""Steps of a path that leads too deep."""
 
 MAX_VALUE_BYTES: Final = 16 * 1024 * 1024
 """Default of the option `max_value_bytes`."""
@@ -54,11 +58,26 @@ _from_text = _decoder.scan_once
 
 
 class _Refused(Exception):
-    """Why a value cannot be stored; the path is put together while this travels up."""
+    """Why a value cannot be stored; the steps that lead to it are noted while this travels up."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, too_deep: bool = False) -> None:
         self.reason = reason
-        self.path = ""
+        self.too_deep = too_deep
+        self.steps: list[tuple[str, object]] = []  # the innermost first, each with the container that it is taken in
+
+    def told(self, name: str, context_id: str | None) -> StateSerializationError:
+        """The error of a value of that name."""
+        steps = self.steps[::-1]
+        path, reason = name + "".join(step for step, _ in steps), self.reason
+        if self.too_deep:
+            path = name + "".join(step for step, _ in steps[:_SHOWN_STEPS]) + "..."
+            containers = [id(container) for _, container in steps]
+            for index, container in enumerate(containers):
+                if container in containers[:index]:
+                    path = name + "".join(step for step, _ in steps[:index])
+                    reason = "contains itself, which JSON cannot hold"
+                    break
+        return _refusal(path, reason, context_id)
 
 
 def encode(value: Any, name: str, *, context_id: str | None = None, limit: int = MAX_VALUE_BYTES) -> bytes:
@@ -69,7 +88,7 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
     try:
         text = _json(value).encode()
     except _Refused as refused:
-        raise _refusal(name + refused.path, refused.reason, context_id) from None
+        raise refused.told(name, context_id) from None
     except UnicodeEncodeError:
         path = name + _path_of_surrogate(_plain(value, 0))
         raise _refusal(path, "text with a lone surrogate is not valid Unicode", context_id) from None
@@ -81,11 +100,27 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
 
 
 def decode(text: bytes) -> Any:
-    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other."""
+    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other.
+
+    Raises StateSerializationError where it holds an integer of more digits than this process reads.
+    """
     try:
         return _from_text(text.decode(), 0)[0]
     except StopIteration as nothing:  # which would end the generator that asks
         raise json.JSONDecodeError("Expecting value", text.decode(), nothing.value) from None
+    except ValueError as error:
+        check_digits(error)
+        raise
+
+
+def check_digits(error: ValueError) -> None:
+    """Raise StateSerializationError where JSON could not be read because of the process's limit for integers."""
+    limited = 0 < sys.get_int_max_str_digits() < MAX_INTEGER_DIGITS
+    if limited and type(error) is ValueError:  # what is wrong with a text is a JSONDecodeError or UnicodeDecodeError
+        raise StateSerializationError(
+            f"a stored integer has more digits than this process reads ({sys.get_int_max_str_digits():,}): raise the "
+            f"limit by sys.set_int_max_str_digits({MAX_INTEGER_DIGITS})"
+        ) from error
 
 
 def decode_all(texts: Collection[bytes]) -> list[Any]:
@@ -94,27 +129,6 @@ def decode_all(texts: Collection[bytes]) -> list[Any]:
     if len(values) != len(texts):  # somebody stored what is no JSON text, and which is whose cannot be told any more
         values = [decode(text) for text in texts]
     return values
-
-
-def decode_as(cls: type[T], value: Any) -> T:
-    """A decoded value as an instance of the dataclass `cls`, by dataclasses-json.
-
-    Times stored as ISO text become datetime and date where the fields say so. Raises TypeError where `cls` is no
-    dataclass, and what dataclasses-json raises where the value does not fit.
-    """
-    from dataclasses import is_dataclass
-
-    if not is_dataclass(cls):
-        raise TypeError(f"as_type must be a dataclass, not {cls!r}")
-    from dataclasses_json import DataClassJsonMixin
-
-    made_by: Any = cls
-    if "from_dict" in vars(cls) or issubclass(cls, DataClassJsonMixin):
-        reader = made_by.from_dict  # the class's own settings (letter case, field names) hold
-    else:
-        reader = DataClassJsonMixin.from_dict.__func__.__get__(cls)  # type: ignore[attr-defined]
-    result: T = reader(_with_times(cls, value))
-    return result
 
 
 def message(
@@ -151,9 +165,14 @@ def message(
 def message_from_mapping(
     given: Any, path: str, *, context_id: str | None = None, limit: int = MAX_VALUE_BYTES
 ) -> bytes:
-    """The stored form of a message given as a mapping; `timestamp` and `metadata` may be absent."""
+    """The stored form of a message given as a mapping, a dataclass or a model of pydantic; `timestamp` and `metadata`
+    may be absent."""
     if not isinstance(given, Mapping):
-        raise _refusal(path, f"a message is a mapping with role and content, not {_type_name(given)}", context_id)
+        try:
+            given = _dumped(given)
+        except _Refused as refused:
+            needed = f"a message must be a mapping with role and content, got {_type_name(given)}"
+            raise _refusal(path, refused.reason if refused.__cause__ else needed, context_id) from refused.__cause__
     unknown = [key for key in given if key not in ("role", "content", "timestamp", "metadata")]
     missing = [key for key in ("role", "content") if key not in given]
     if unknown or missing:
@@ -240,7 +259,7 @@ def _plain(value: Any, depth: int) -> Any:
             return value
         raise _Refused(f"{value} is not JSON; store None or text instead")
     if depth >= MAX_DEPTH:
-        raise _Refused(f"nested more than {MAX_DEPTH} levels deep (or containing itself)")
+        raise _Refused(f"nested more than {MAX_DEPTH} levels deep", too_deep=True)
     if kind is list:
         return _plain_list(value, depth)
     if kind is dict:
@@ -257,7 +276,7 @@ def _plain_list(value: list[Any], depth: int) -> list[Any]:
         try:
             plain = _plain(item, depth + 1)
         except _Refused as refused:
-            refused.path = f"[{index}]{refused.path}"
+            refused.steps.append((f"[{index}]", value))
             raise
         if plain is not item:
             if result is value:
@@ -279,7 +298,7 @@ def _plain_dict(value: dict[Any, Any], depth: int) -> dict[str, Any]:
         try:
             plain = _plain(item, depth + 1)
         except _Refused as refused:
-            refused.path = f".{name}{refused.path}"
+            refused.steps.append((f".{name}", value))
             raise
         if plain is not item:
             if result is value:
@@ -304,21 +323,58 @@ def _converted(value: Any, depth: int) -> Any:
 
     if isinstance(value, date):
         return value.isoformat()
-    if hasattr(type(value), "__dataclass_fields__"):
-        from dataclasses import fields
+    try:
+        return _plain(_dumped(value), depth)
+    except _Refused as refused:
+        if refused.steps:
+            refused.steps[-1] = (refused.steps[-1][0], value)
+        raise
 
-        if hasattr(type(value), "dataclass_json_config"):  # the class says how its fields are called in JSON
-            return _plain_dict(value.to_dict(), depth)
-        return _plain_dict({field.name: getattr(value, field.name) for field in fields(value)}, depth)
-    hint = {
-        "bytes": "; store base64 text instead",
-        "bytearray": "; store base64 text instead",
-        "set": "; store a sorted list instead",
-        "frozenset": "; store a sorted list instead",
-        "Decimal": "; store text instead",
-        "UUID": "; store text instead",
-    }.get(_type_name(value), "")
-    raise _Refused(f"{_type_name(value)} is not JSON{hint}")
+
+def _dumped(value: Any) -> Any:
+    """What a dataclass or a model of pydantic is stored as, its parts not converted yet. Raises _Refused for others."""
+    cls = type(value)
+    # An object of such a class can only be where its package is imported.
+    pydantic = sys.modules.get("pydantic")
+    dataclasses_json = sys.modules.get("dataclasses_json")
+    try:
+        if pydantic is not None and isinstance(value, pydantic.BaseModel):
+            # By alias, as the model itself reads it again, and as the interface behind it calls its fields.
+            return value.model_dump(mode="json", by_alias=True)
+        if dataclasses_json is not None and isinstance(value, dataclasses_json.DataClassJsonMixin):
+            return value.to_dict()  # the class says how its fields are called in JSON
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"{cls.__name__} cannot be dumped: {str(error).partition(chr(10))[0]}") from error
+    if not hasattr(cls, "__dataclass_fields__"):
+        raise _Refused(f"{cls.__name__} is not JSON{_advice(value)}")
+    from dataclasses import fields
+
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _advice(value: Any) -> str:
+    """What to store instead of a value that is not JSON."""
+    from enum import Enum  # loaded by `operations` already
+
+    if isinstance(value, Enum):
+        return "; store its value instead"
+    if isinstance(value, set | frozenset):
+        return "; store a sorted list instead"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "; store base64 text instead"
+    if hasattr(value, "__fspath__"):
+        return "; store str(path) instead"
+    if hasattr(value, "tolist"):  # arrays of numpy and their like
+        return "; store its tolist() instead"
+    if hasattr(value, "__await__"):
+        return "; await it first"
+    if hasattr(value, "__next__") or type(value) is range:
+        return "; store a list instead"
+    if _type_name(value) in ("Decimal", "UUID", "time"):
+        return "; store text instead"
+    if _type_name(value) == "timedelta":
+        return "; store its seconds instead"
+    return "; store text, numbers, lists, dicts or a dataclass instead"
 
 
 def _path_of_surrogate(value: Any) -> str:
@@ -342,32 +398,3 @@ def _encodable(plain: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _with_times(annotation: Any, value: Any) -> Any:
-    """`value` with ISO text turned into times where `annotation` asks for them.
-
-    dataclasses-json reads numbers of seconds there, and passes datetime objects through.
-    """
-    from dataclasses import is_dataclass
-    from datetime import date, datetime
-    from typing import get_args, get_origin, get_type_hints
-
-    if annotation is datetime and isinstance(value, str):
-        return datetime.fromisoformat(value)
-    if annotation is date and isinstance(value, str):
-        return date.fromisoformat(value)
-    if is_dataclass(annotation) and isinstance(value, dict):
-        hints = get_type_hints(annotation)
-        return {name: _with_times(hints.get(name), item) for name, item in value.items()}
-    arguments = get_args(annotation)
-    origin = get_origin(annotation)
-    if isinstance(value, list) and arguments and origin is not dict:
-        return [_with_times(arguments[0], item) for item in value]
-    if isinstance(value, dict) and origin is dict:
-        return {name: _with_times(arguments[1], item) for name, item in value.items()}
-    for alternative in arguments if not isinstance(value, list | dict) or origin is not None else ():
-        revived = _with_times(alternative, value)
-        if revived is not value and revived != value:
-            return revived
-    return value

@@ -6,6 +6,7 @@ This module is also what AgentUp's ``context`` module is ported to: `Conversatio
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -128,8 +129,8 @@ class SyncConversationContext(Caller):
                     # The last two branches are for speed alone: nearly all steps are one operation.
                     if not isinstance(step, _ONE_OPERATION):
                         outcome = self._perform(step)
-                    elif storage.waits:
-                        outcome = storage.dispatcher.call(step)
+                    elif storage.blocking:
+                        outcome = self._engine.call(step)
                     else:
                         outcome = storage.call(step)
                 except StateError as error:
@@ -149,16 +150,16 @@ class SyncConversationContext(Caller):
             time.sleep(step.seconds)
             return None
         if isinstance(step, Each):
-            if self.storage.waits:
-                return self.storage.dispatcher.perform_each(step.operations)
+            if self.storage.blocking:
+                return self._engine.perform_each(step.operations)
             return self.storage.carry_out(step.operations)
         if isinstance(step, InOrder):
             return [_raised(outcome) for outcome in self._outcomes(step.operations)]
         return _raised(self._outcomes((step,))[0])
 
     def _outcomes(self, operations: tuple[Any, ...]) -> list[Outcome | StateError]:
-        if self.storage.waits:
-            return self.storage.dispatcher.perform(operations)
+        if self.storage.blocking:
+            return self._engine.perform(operations)
         return self.storage.carry_out(operations)
 
 
@@ -181,7 +182,7 @@ class SyncTurn(Turn):
     _caller: SyncConversationContext
 
     def __enter__(self) -> SyncTurn:
-        self._caller._run(self._take())
+        self._caller._run(self._take(sys._getframe(1)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -68,7 +68,10 @@ class Restore(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Set the owner, whoever owned it before (`update_state(user_id=...)`)."""
+    """Set the owner, whoever owned it before (`update_state(user_id=...)`).
+
+    A context that the same commit of a bound caller creates belongs to that user whatever this says.
+    """
 
     user_id: str | None
 
@@ -132,9 +135,9 @@ CREATING: Final = (Create, Restore, Own, Append, Put, Increment)
 class Commit(NamedTuple):
     """One atomic change to one context. Outcome: the `Answer` of the last change that has one, else `answer`.
 
-    Checked in this order, all in the same atomic step as the change: a remembered `commit_id` (the first outcome is
-    answered again), the owner, the fence, `absent`, `idle_for`, `expect`, and then what each change requires.
-    A commit takes effect whole or raises and changes nothing.
+    Checked in this order, all in the same atomic step as the change: the owner, a remembered `commit_id` (the first
+    outcome is answered again), the fence, `absent`, `idle_for`, `expect`, and then what each change requires.
+    A commit takes effect whole or raises and changes nothing. One without changes looks its id up.
     """
 
     context_id: str

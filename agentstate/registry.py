@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Hashable, Mapping
-from functools import cache
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast, overload
 
 from .config import StateConfig, load_config
-from .config.model import BACKENDS, KEYS, known_to
+from .config.model import BACKENDS, KEYS, OTHER_BACKEND_NAMES, known_to
 from .context import SyncConversationContext
 from .errors import StateConfigError
 from .storage.base import StateStorage
+from .storage.options import did_you_mean, storage_options, unknown_option
 
 if TYPE_CHECKING:
     from .aio import ConversationContext
@@ -77,7 +77,9 @@ def _from_entry_point(name: str) -> type[StateStorage]:
 
     points = {point.value: point for point in entry_points(group=ENTRY_POINTS, name=name)}
     if not points:
-        raise StateConfigError(_unknown("storage", name, storage_names()))
+        meant = OTHER_BACKEND_NAMES.get(str(name).lower())
+        hint = f"did you mean {meant!r}?" if meant else did_you_mean(name, storage_names())
+        raise StateConfigError(f"unknown storage {name!r}; {hint}")
     if len(points) > 1:
         raise StateConfigError(f"several packages bring a storage {name!r} ({', '.join(sorted(points))}): keep one")
     value, point = points.popitem()
@@ -103,22 +105,6 @@ def _home(cls: type) -> str:
 # --- options --------------------------------------------------------------------------------------------------------
 
 
-@cache
-def storage_options(cls: type[StateStorage]) -> dict[str, Parameter]:
-    """The options that `cls` takes: its parameters and, as long as it hands on `**options`, those of its bases."""
-    options: dict[str, Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(signature(vars(base)["__init__"]).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
-                options.setdefault(parameter.name, parameter)
-        if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return options
-
-
 def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
     cls = storage_class(backend)
     options = dict(options)
@@ -130,8 +116,7 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
         accepted = storage_options(cls)
         for option in options:
             if option not in accepted:
-                whose = f" of the storage {backend!r}"
-                raise StateConfigError(_unknown("option", option, accepted, whose)) from error
+                raise unknown_option(cls, option) from error
         for option, parameter in accepted.items():
             if parameter.default is Parameter.empty and option not in options:
                 raise StateConfigError(f"the storage {backend!r} needs the option {option!r}") from error
@@ -141,14 +126,6 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
 
         instrument(storage)
     return storage
-
-
-def _unknown(what: str, name: object, known: Any, whose: str = "") -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(str(name).lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, sorted(known)))}"
-    return f"{name!r} is no {what}{whose}; {hint}"
 
 
 def _identity(cls: type[StateStorage], options: Mapping[str, Any]) -> Hashable:

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from .caller import check_storage
 from .errors import StateConfigError
 from .operations import Append
 from .storage.base import StateStorage
+from .version import __version__
 
 try:
     from opentelemetry import metrics, trace
     from opentelemetry.metrics import CallbackOptions, Observation
 except ImportError as error:
-    raise StateConfigError("telemetry needs the package opentelemetry-api: pip install 'agentstate[otel]'") from error
+    raise StateConfigError("telemetry needs the package opentelemetry-api: pip install opentelemetry-api") from error
 
 if TYPE_CHECKING:
     from .caller import Caller
@@ -51,7 +52,7 @@ def instrument(
     The providers default to the global ones. Instrumenting a storage again puts the new providers in the place of the
     old ones.
     """
-    storage = target if isinstance(target, StateStorage) else target.storage
+    storage = check_storage(getattr(target, "storage", target))
     storage.telemetry = Telemetry(storage, tracer_provider, meter_provider)
 
 
@@ -71,9 +72,8 @@ class Telemetry:
         namespace = str(self._attributes.get("db.namespace", ""))
         target = self._attributes.get("db.collection.name") or ("" if namespace.isdigit() else namespace)
         self._target = f" {target}" if target else ""
-        release = version(_NAME)
-        self._tracer = trace.get_tracer(_NAME, release, tracer_provider)
-        meter = metrics.get_meter(_NAME, release, meter_provider)
+        self._tracer = trace.get_tracer(_NAME, __version__, tracer_provider)
+        meter = metrics.get_meter(_NAME, __version__, meter_provider)
         self._duration = meter.create_histogram(
             "db.client.operation.duration",
             unit="s",

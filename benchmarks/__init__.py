@@ -1,4 +1,6 @@
-"""What agentstate costs, beside what the same work costs without it, measured in one run.
+"""The cost of agentstate, compared with the same work done without it and with other libraries.
 
-python -m benchmarks [--quick] [--only NAME]... [--output FOLDER] [--publish]
+- `python -m benchmarks` measures; `--help` lists the options.
+- `python -m benchmarks.compare OLD_TREE NEW_TREE` measures two versions of agentstate against each other.
+- `NOTES.md` is the lab book: where the time goes, and what was tried.
 """

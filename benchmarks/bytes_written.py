@@ -1,4 +1,4 @@
-"""Bytes written for bytes of messages."""
+"""Bytes written for each byte of a message."""
 
 from __future__ import annotations
 
@@ -7,35 +7,32 @@ from typing import Any
 from agentstate import SyncConversationContext, ValkeyStorage
 
 from . import floors
-from .files import CountingFileSystem, sync_context
-from .measure import MESSAGE_BYTES, TEXT, Run, benchmark, written
+from .counting import CountingFileSystem, written
+from .files import sync_context
+from .measure import SIZES, Run
+from .messages import TEXT
 from .peers import FILE_PEERS, opened
 from .servers import start_server
 
 
-@benchmark("bytes")
 def bytes_written(run: Run) -> None:
-    """What an append writes: at write(), to the disk, and to the server's append-only file."""
-    count = run.size(10_000, 200)
+    """What an append writes: to files, to the disk, and to the server's append-only file."""
     message = len(floors.message())
-    run.report.facts["bytes of a message as JSON"] = message
-    for fsync in ("no", "always"):
-        total = count if fsync == "no" else count // 10
+    run.counted(f"a message of {SIZES[0]} bytes as JSON", message, "bytes")
+    count = run.amount(10_000, 200)
+    for fsync, total in (("no", count), ("always", count // 10)):
         system = CountingFileSystem()
         context = sync_context(run, run.folder("ours"), file_system=system, fsync=fsync)
         with written() as io:
             for _ in range(total):
                 context.add_to_history("one", "user", TEXT)
-        work = f"file, fsync: {fsync}: {total:,} appends, written per message"
-        target = 1.6 if fsync == "no" else None
-        run.figure(
-            work, system.bytes / total, "the message as JSON", message, "bytes", at_most=target,
-            note=f"{system.bytes / total / MESSAGE_BYTES:.2f} × the {MESSAGE_BYTES} bytes of its content",
-        )  # fmt: skip
-        run.report.facts[f"fsync: {fsync}: bytes per message at write(), locks included"] = io["wchar"] / total
-        run.report.facts[f"fsync: {fsync}: bytes per message to the disk"] = io["write_bytes"] / total
+        where = f"files, fsync: {fsync}: written by an append"
+        target = 1.6 * message if fsync == "no" else None
+        run.counted(where, system.bytes / total, "bytes", at_most=target, note=f"of {total:,} in one conversation")
+        run.counted(f"{where}, locks included", io["wchar"] / total, "bytes")
+        run.counted(f"{where}, at the disk", io["write_bytes"] / total, "bytes")
     _variables(run)
-    _server(run, run.size(2000, 100))
+    _server(run, run.amount(2000, 100))
     _growing(run)
 
 
@@ -45,20 +42,17 @@ def _variables(run: Run) -> None:
     for number in range(1000):
         context.add_to_history("one", "user", TEXT)
         context.set_variable("one", f"key-{number % 20}", TEXT)
-    system.bytes = 0
-    count = run.size(5000, 100)
+    system.reset()
+    count = run.amount(5000, 100)
     for number in range(count):
         context.set_variable("one", f"key-{number % 20}", TEXT)
-    value = len(TEXT) + 2
-    run.figure("file: set_variable, written per value", system.bytes / count, "the value as JSON", value, "bytes")
+    run.counted(f"files: written by a set_variable of {SIZES[0]} bytes", system.bytes / count, "bytes")
 
 
 def _server(run: Run, count: int) -> None:
     server = start_server(run)
     client: Any = server.client()
-    storage = ValkeyStorage(server.url)
-    run.stack.callback(storage.close)
-    context = SyncConversationContext(storage)
+    context = run.closing(SyncConversationContext(ValkeyStorage(server.url)))
     context.add_to_history("one", "user", TEXT)
 
     def grown(work: Any) -> float:
@@ -69,22 +63,25 @@ def _server(run: Run, count: int) -> None:
 
     ours = grown(lambda: context.add_to_history("one", "user", TEXT))
     theirs = grown(lambda: client.rpush("list", floors.message()))
-    run.figure("Valkey: append, written to the append-only file", ours, "RPUSH", theirs, "bytes")
+    run.counted(
+        "Valkey: written to the append-only file by an append", ours, "bytes", note=f"{theirs:.0f} bytes by an RPUSH"
+    )
 
 
 def _growing(run: Run) -> None:
-    """How much has been written after so many appends."""
-    lengths = [length for length in (1, 10, 30, 100, 300, 1000) if length <= run.size(1000, 30)]
-    for name, make in FILE_PEERS.items():
-        with opened(run, name, make) as peer:
+    """Bytes written for each message, after so many appends."""
+    lengths = [length for length in (1, 10, 30, 100, 300, 1000) if length <= run.amount(1000, 30)]
+    for make in FILE_PEERS:
+        with opened(run, make) as peer:
             if peer is None:
                 continue
-            totals, total, done = [], 0, 0
+            points: dict[float, float] = {}
+            total = done = 0
             for length in lengths:
                 with written() as io:
                     for _ in range(length - done):
                         peer.append()
                 done = length
                 total += io["wchar"]
-                totals.append(total / length)
-            run.line("bytes", peer.name, lengths, totals)
+                points[length] = total / length
+            run.line("bytes", peer.name, points)

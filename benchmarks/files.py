@@ -3,197 +3,170 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentstate import ConversationContext, FileStorage, SyncConversationContext
-from agentstate.storage.file.filesystem import FileSystem
 
 from . import floors
-from .measure import TEXT, Round, Run, benchmark, repeated
-from .valkey_sync import one_turn, prepare_turn
+from .counting import CountingFileSystem
+from .measure import SIZES, Round, Run, repeated
+from .messages import TEXT, content_of, one_turn, prepare_turn
+from .sampling import Limit, Sample, in_tasks, in_threads
 
-OURS, RAW, GROUPED = "agentstate", "append + fsync + filelock", "sqlite3 WAL FULL, group commit"
-FULL, NORMAL = "sqlite3 WAL FULL", "sqlite3 WAL NORMAL, exclusive locking"
-
-
-class CountingFileSystem(FileSystem):
-    """Counts what is written, and how often it is flushed."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.writes = 0
-        self.flushes = 0
-
-    def write(self, fd: int, data: Any) -> int:
-        count = os.write(fd, data)
-        self.bytes += count
-        self.writes += 1
-        return count
-
-    def sync(self, fd: int) -> None:  # type: ignore[override]
-        self.flushes += 1
-        FileSystem.sync(fd)
-
-    def sync_all(self, fd: int) -> None:
-        self.flushes += 1
-        super().sync_all(fd)
+OURS, FLUSHED, UNFLUSHED = "agentstate", "append + fsync + filelock", "append + filelock"
+FULL, NORMAL, GROUPED = "sqlite3 WAL FULL", "sqlite3 WAL NORMAL, exclusive locking", "sqlite3 WAL FULL, group commit"
 
 
 def sync_context(run: Run, folder: Path, **options: Any) -> SyncConversationContext:
     """A context on files, closed at the end of the run."""
-    context = SyncConversationContext(FileStorage(folder, **options))
-    run.stack.callback(context.close)
-    return context
+    return run.closing(SyncConversationContext(FileStorage(folder, **options)))
 
 
-@benchmark("file-sync")
-def appends(run: Run) -> None:
-    """One thread, one conversation, `fsync: always`: each append waits for the disk."""
+def one_thread(run: Run) -> None:
+    """One thread and one conversation: appends that wait for the disk, appends that do not, and reads."""
+    for compare in (_flushed_append, _unflushed_append, _read):
+        for size in SIZES:
+            compare(run, size)
+
+
+def _flushed_append(run: Run, size: int) -> None:
+    content = content_of(size)
     context = sync_context(run, run.folder("ours"))
-    log = floors.LockedLog(run.folder("log"))
-    database = floors.open_database(run.folder("sqlite") / "messages.db", "FULL")
-    run.stack.callback(log.close)
-    run.stack.callback(database.close)
-    positions = iter(range(10**9))
-    count = run.size(60, 5)
-    samples = run.compare(
-        {
-            OURS: repeated(lambda: context.add_to_history("one", "user", TEXT), count),
-            RAW: repeated(lambda: log.append(floors.message() + b"\n"), count),
-            FULL: repeated(lambda: database.execute(floors.INSERT, ("one", next(positions), floors.message())), count),
-        },
-        21,
-    )
-    run.row("file, fsync: always, sync: append", samples, OURS, RAW, at_most=1.3)
-    run.row("file, fsync: always, sync: append", samples, OURS, FULL, at_least=1.0)
-    _without_disk(run)
+    log = run.closing(floors.LockedLog(run.folder("log")))
+    table = run.closing(floors.Table(run.folder("sqlite"), "FULL"))
+    cases = {
+        OURS: repeated(lambda: context.add_to_history("one", "user", content)),
+        FLUSHED: repeated(lambda: log.append(content)),
+        FULL: repeated(lambda: table.append("one", content)),
+    }
+    measured = run.compare(cases, size=size, rounds=11)
+    first = size == SIZES[0]
+    run.row(
+        "files, fsync: always", "append", measured, OURS, FLUSHED, size=size, at_most=1.3 if first else None,
+        why="a commit also carries the times, a revision, a commit id and a checksum",
+    )  # fmt: skip
+    run.row(
+        "files, fsync: always", "append", measured, OURS, FULL, size=size, at_most=1.0 if first else None,
+        why="a file that grows has its new size flushed too, where sqlite3 overwrites its log",
+    )  # fmt: skip
 
 
-def _without_disk(run: Run) -> None:
+def _unflushed_append(run: Run, size: int) -> None:
+    content = content_of(size)
     context = sync_context(run, run.folder("ours"), fsync="no")
-    log = floors.LockedLog(run.folder("log"), flush=False)
-    run.stack.callback(log.close)
-    count = run.size(500, 20)
-    samples = run.compare(
-        {
-            OURS: repeated(lambda: context.add_to_history("one", "user", TEXT), count),
-            "append + filelock": repeated(lambda: log.append(floors.message() + b"\n"), count),
-        }
-    )
-    run.row("file, fsync: no, sync: append", samples, OURS, "append + filelock")
+    log = run.closing(floors.LockedLog(run.folder("log"), flush=False))
+    cases = {
+        OURS: repeated(lambda: context.add_to_history("one", "user", content)),
+        UNFLUSHED: repeated(lambda: log.append(content)),
+    }
+    run.row("files, fsync: no", "append", run.compare(cases, size=size), OURS, UNFLUSHED, size=size)
 
 
-@benchmark("file-async")
-def many(run: Run) -> None:
-    """1,000 conversations at a time, `fsync: always`: each append waits for the disk, with all others that wait."""
+def _read(run: Run, size: int) -> None:
+    content = content_of(size)
+    context = sync_context(run, run.folder("ours"))
+    table = run.closing(floors.Table(run.folder("sqlite"), "FULL"))
+    for _ in range(10):
+        context.add_to_history("one", "user", content)
+        table.append("one", content)
+    cases = {
+        OURS: repeated(lambda: context.get_history("one", limit=10)),
+        FULL: repeated(lambda: table.last("one", 10)),
+    }
+    run.row("files", "read of the last 10", run.compare(cases), OURS, FULL, size=size)
+
+
+def many_tasks(run: Run) -> None:
+    """Many conversations at a time over asyncio, `fsync: always`: all appends that are waiting share a flush."""
     runner = run.stack.enter_context(asyncio.Runner())
-    storage = FileStorage(run.folder("ours"))
-    run.stack.callback(storage.close)
-    context = ConversationContext(storage)
-    grouped = floors.GroupCommit(run.folder("sqlite") / "messages.db")
-    run.stack.callback(grouped.close)
-    offsets = itertools.count(step=100)  # positions that no round had before
-    for tasks in (1000, 50):
-        names = [f"conversation-{number}" for number in range(tasks)]
-        each = 3 if tasks == 1000 else run.size(20, 3)
-        cases = {
-            OURS: _round(runner, lambda name, _: context.add_to_history(name, "user", TEXT), names, each, offsets),
-            GROUPED: _round(
-                runner, lambda name, position: grouped.append(name, position, floors.message()), names, each, offsets
-            ),
+    context = ConversationContext(run.closing(FileStorage(run.folder("ours"))))
+    grouped = run.closing(floors.GroupCommit(run.folder("sqlite")))
+    for conversations, size in ((1000, SIZES[0]), *((50, size) for size in SIZES)):
+        names = [f"conversation-{number}" for number in range(conversations)]
+        calls = {
+            OURS: partial(_append, context, content_of(size)),
+            GROUPED: partial(_append_grouped, grouped, content_of(size)),
         }
-        samples = run.compare(cases, 11)
-        work = f"file, fsync: always, async, {tasks:,} conversations: append"
-        run.row(work, samples, OURS, GROUPED, at_least=1.0 if tasks == 1000 else 0.0)
+        cases = {name: partial(_in_tasks, runner, call, names) for name, call in calls.items()}
+        run.row(
+            "files, fsync: always, asyncio", f"append, {conversations:,} conversations",
+            run.compare(cases, seconds=0.25, size=size), OURS, GROUPED, size=size, concurrent=True,
+            at_most=1.0 if conversations == 1000 else None,
+            why="each conversation has a file of its own, where sqlite3 appends to the one file that it flushes",
+        )  # fmt: skip
 
 
-def _round(runner: asyncio.Runner, append: Any, names: list[str], each: int, offsets: Iterator[int]) -> Round:
-    async def converse(name: str, offset: int) -> None:
-        for number in range(each):
-            await append(name, offset + number)
-
-    async def all_of_them() -> float:
-        offset = next(offsets)
-        began = time.perf_counter()
-        await asyncio.gather(*(converse(name, offset) for name in names))
-        return (time.perf_counter() - began) / (each * len(names)) * 1e6
-
-    return lambda: runner.run(all_of_them())
+async def _append(context: ConversationContext, content: str, name: str) -> None:
+    await context.add_to_history(name, "user", content)
 
 
-@benchmark("file-threads")
-def threads(run: Run) -> None:
-    """Threads with a blocking context each on a conversation of its own, `fsync: always`."""
+async def _append_grouped(grouped: floors.GroupCommit, content: str, name: str) -> None:
+    await grouped.append(name, content)
+
+
+def _in_tasks(runner: asyncio.Runner, call: Callable[[str], Awaitable[None]], names: list[str], limit: Limit) -> Sample:
+    return runner.run(in_tasks(call, names, limit))
+
+
+def many_threads(run: Run) -> None:
+    """Threads that append to a conversation each, `fsync: always`, against one thread."""
     context = sync_context(run, run.folder("ours"))
-    workers = run.stack.enter_context(ThreadPoolExecutor(64))
-    each = run.size(10, 2)
 
-    def round_of(count: int) -> Round:
-        def converse(name: str) -> None:
-            for _ in range(each):
-                context.add_to_history(name, "user", TEXT)
+    def rounds_of(count: int) -> Round:
+        names = [f"conversation-{number}" for number in range(count)]
+        return lambda limit: in_threads(lambda name: context.add_to_history(name, "user", TEXT), names, limit)
 
-        def once() -> float:
-            began = time.perf_counter()
-            list(workers.map(converse, [f"conversation-{number}" for number in range(count)]))
-            return (time.perf_counter() - began) / (each * count) * 1e6
-
-        return once
-
-    cases = {f"{count} threads": round_of(count) for count in (1, 8, 64)}
-    samples = run.compare(cases, 7)
+    cases = {f"{count} threads": rounds_of(count) for count in (1, 8, 64)}
+    measured = run.compare(cases, seconds=0.15)
     for count in (8, 64):
-        work = f"file, fsync: always, {count} threads: append"
-        run.row(work, samples, f"{count} threads", "1 threads", at_least=0.0, against="itself, one thread")
+        run.row(
+            "files, fsync: always, threads", f"append, {count} threads", measured, f"{count} threads", "1 threads",
+            concurrent=True, against="one thread",
+        )  # fmt: skip
 
 
-@benchmark("file-exclusive")
 def exclusive(run: Run) -> None:
-    """`exclusive: true`, `fsync: no`: the store of one process, written when the system likes."""
+    """`exclusive: true`, `fsync: no`: the store of one process, written when the system decides to."""
+    for size in SIZES:
+        _exclusive_append(run, size)
+
+
+def _exclusive_append(run: Run, size: int) -> None:
+    content = content_of(size)
     context = sync_context(run, run.folder("ours"), exclusive=True, fsync="no")
-    database = floors.open_database(run.folder("sqlite") / "messages.db", "NORMAL", exclusive=True)
-    run.stack.callback(database.close)
-    positions = iter(range(10**9))
-    count = run.size(1000, 50)
-    samples = run.compare(
-        {
-            OURS: repeated(lambda: context.add_to_history("one", "user", TEXT), count),
-            NORMAL: repeated(
-                lambda: database.execute(floors.INSERT, ("one", next(positions), floors.message())), count
-            ),
-        },
-        15,
-    )
-    run.row("file, exclusive, fsync: no: append", samples, OURS, NORMAL, at_least=2.0)
+    table = run.closing(floors.Table(run.folder("sqlite"), "NORMAL", exclusive=True))
+    cases = {
+        OURS: repeated(lambda: context.add_to_history("one", "user", content)),
+        NORMAL: repeated(lambda: table.append("one", content)),
+    }
+    run.row(
+        "files, exclusive, fsync: no", "append", run.compare(cases, size=size), OURS, NORMAL, size=size,
+        at_most=0.5 if size == SIZES[0] else None,
+        why="nearly all of the time is Python's, on both sides; the write itself takes less than a microsecond",
+    )  # fmt: skip
 
 
-@benchmark("turn-file")
 def turn(run: Run) -> None:
-    """The reference's agent turn on files, against one append of as many bytes and its flush."""
-    counts = CountingFileSystem()
-    context = sync_context(run, run.folder("ours"))
-    counted = sync_context(run, run.folder("counted"), file_system=counts)
-    prepare_turn(context)
+    """The agent turn on files, against one append of as many bytes and its flush."""
+    system = CountingFileSystem()
+    counted = sync_context(run, run.folder("counted"), file_system=system)
     prepare_turn(counted)
-    counts.bytes = counts.flushes = counts.writes = 0
+    system.reset()
     for _ in range(20):
         one_turn(counted)
-    run.figure("file: agent turn: flushes", counts.flushes / 20, "1", 1, "calls", at_most=1.0)
-    run.figure("file: agent turn: writes", counts.writes / 20, "1", 1, "calls")
-    log = floors.LockedLog(run.folder("log"))
-    run.stack.callback(log.close)
-    count = run.size(40, 3)
-    samples = run.compare(
-        {
-            OURS: repeated(lambda: one_turn(context), count),
-            RAW: repeated(lambda: log.append(floors.message() + floors.message() + b"\n"), count),
-        },
-        21,
-    )
-    run.row("file: agent turn", samples, OURS, RAW, at_most=1.3)
+    run.counted("files: flushes of an agent turn", system.flushes / 20, "calls", at_most=1.0)
+    run.counted("files: writes of an agent turn", system.writes / 20, "calls")
+    context = sync_context(run, run.folder("ours"))
+    prepare_turn(context)
+    log = run.closing(floors.LockedLog(run.folder("log")))
+    cases = {
+        OURS: repeated(lambda: one_turn(context)),
+        FLUSHED: repeated(lambda: log.append(TEXT, TEXT)),
+    }
+    run.row(
+        "files, fsync: always", "agent turn", run.compare(cases, rounds=11), OURS, FLUSHED, at_most=1.3,
+        why="a turn also reads the conversation, and its commit carries variables, metadata and a checksum",
+    )  # fmt: skip

@@ -1,8 +1,9 @@
-"""What ours is measured against: the same work done by hand, as directly as it can be."""
+"""The floors: the same work written by hand, as directly as possible."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import queue
@@ -15,30 +16,32 @@ from typing import Any
 
 from filelock import FileLock
 
-from .measure import TEXT
+from .messages import TEXT
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make a new encoder for each message
 
 
-def message() -> bytes:
-    """A message of 200 bytes as JSON, with what belongs to it."""
+def message(content: str = TEXT) -> bytes:
+    """A message as JSON: content, role, timestamp and metadata."""
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    return _to_json({"role": "user", "content": TEXT, "timestamp": now, "metadata": {}}).encode()
+    return _to_json({"role": "user", "content": content, "timestamp": now, "metadata": {}}).encode()
 
 
 class LockedLog:
-    """A file held open; each append takes a filelock, writes, and flushes."""
+    """A file held open; each append takes a filelock, writes and flushes."""
 
     def __init__(self, folder: Path, *, flush: bool = True) -> None:
         self._flush = flush
         self._fd = os.open(folder / "log", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         self._lock = FileLock(folder / "lock")
 
-    def append(self, line: bytes) -> None:
+    def append(self, *contents: str) -> None:
+        """One line with a message for each of the contents."""
+        line = b"".join(map(message, contents)) + b"\n"
         with self._lock:
             os.write(self._fd, line)
             if self._flush:
-                os.fdatasync(self._fd)  # what ours uses too; fsync would be a little slower
+                os.fdatasync(self._fd)  # as ours; fsync would be a little slower
 
     def close(self) -> None:
         os.close(self._fd)
@@ -57,21 +60,43 @@ def open_database(path: Path, synchronous: str, *, exclusive: bool = False) -> s
     return database
 
 
-INSERT = "INSERT INTO messages VALUES (?, ?, ?)"
+_INSERT = "INSERT INTO messages VALUES (?, ?, ?)"
+_LAST = "SELECT body FROM messages WHERE context = ? ORDER BY position DESC LIMIT ?"
+
+
+class Table:
+    """A table of messages. Each append is a transaction of its own."""
+
+    def __init__(self, folder: Path, synchronous: str, *, exclusive: bool = False) -> None:
+        self._database = open_database(folder / "messages.db", synchronous, exclusive=exclusive)
+        self._positions = itertools.count()
+
+    def append(self, context: str, content: str) -> None:
+        self._database.execute(_INSERT, (context, next(self._positions), message(content)))
+
+    def last(self, context: str, limit: int) -> list[Any]:
+        """The last messages, oldest first."""
+        rows = self._database.execute(_LAST, (context, limit)).fetchall()
+        return [json.loads(body) for (body,) in reversed(rows)]
+
+    def close(self) -> None:
+        self._database.close()
 
 
 class GroupCommit:
-    """Messages of many tasks, written to one database by one thread: all that wait, up to 1,000, in one transaction."""
+    """One thread that writes the messages of many tasks to a database: all that are waiting, up to 1,000, in one
+    transaction."""
 
-    def __init__(self, path: Path) -> None:
-        self._database = open_database(path, "FULL")
+    def __init__(self, folder: Path) -> None:
+        self._database = open_database(folder / "messages.db", "FULL")
+        self._positions = itertools.count()
         self._queue: queue.SimpleQueue[tuple[Any, asyncio.Future[None] | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
-    async def append(self, context: str, position: int, body: bytes) -> None:
+    async def append(self, context: str, content: str) -> None:
         future = asyncio.get_running_loop().create_future()
-        self._queue.put(((context, position, body), future))
+        self._queue.put(((context, next(self._positions), message(content)), future))
         await future
 
     def close(self) -> None:
@@ -91,7 +116,7 @@ class GroupCommit:
                 return
             database = self._database
             database.execute("BEGIN")
-            database.executemany(INSERT, [row for row, _ in waiting])
+            database.executemany(_INSERT, [row for row, _ in waiting])
             database.execute("COMMIT")
             futures = [future for _, future in waiting if future is not None]
             futures[0].get_loop().call_soon_threadsafe(_finish, futures)
@@ -103,9 +128,9 @@ def _finish(futures: list[asyncio.Future[None]]) -> None:
 
 
 class Pipeline(asyncio.Protocol):
-    """A connection on which all commands of one pass of the event loop travel together: as fast as Python gets.
+    """A connection that sends all commands of one iteration of the event loop in one write.
 
-    It knows one command and one kind of reply, retries nothing, and checks nothing.
+    It knows one command and one kind of reply, retries nothing and checks nothing.
     """
 
     def __init__(self) -> None:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from agentstate import ConversationContext, FileStorage, StateStorage, SyncConversationContext, ValkeyStorage
 
-from .measure import Run, benchmark
+from .counting import resident_megabytes
+from .measure import Run
 from .servers import start_server
 
 GAP = 20.0
-"""Seconds between the old contexts and the others: more than a cleanup takes, as what is old moves on with time."""
+"""Seconds between the old contexts and the others: more than a cleanup takes, since contexts age during it."""
 
 
-@benchmark("listing")
 def listing(run: Run) -> None:
-    """List 100,000 contexts, and clean up the tenth of them that is old."""
-    count = run.size(100_000, 2_000)
+    """List 100,000 contexts, and clean up the tenth of them that is old. Measured once, at rest."""
+    count = run.amount(100_000, 2_000)
     server = start_server(run)
-    _one_backend(run, "Valkey", ValkeyStorage(server.url), count, server)
-    _one_backend(run, "file", FileStorage(run.folder(), fsync="no"), count, None)
+    _one_backend(run, "Valkey", run.closing(ValkeyStorage(server.url)), count, server)
+    _one_backend(run, "files, fsync: no", run.closing(FileStorage(run.folder(), fsync="no")), count, None)
 
 
 def _one_backend(run: Run, backend: str, storage: StateStorage, count: int, server: Any) -> None:
-    run.stack.callback(storage.close)
     run.say(f"{backend}: making {count:,} contexts")
     old = count // 10
     asyncio.run(_make(storage, range(old)))
@@ -35,7 +33,7 @@ def _one_backend(run: Run, backend: str, storage: StateStorage, count: int, serv
     time.sleep(GAP)
     asyncio.run(_make(storage, range(old, count)))
     context = SyncConversationContext(storage)
-    before = _resident()
+    before = resident_megabytes()
     with Watch(server) as watch:
         began = time.perf_counter()
         found = sum(1 for _ in context.list_contexts())
@@ -46,16 +44,14 @@ def _one_backend(run: Run, backend: str, storage: StateStorage, count: int, serv
         cleaned = context.cleanup_old_contexts(max_age_hours=age / 3600)
         cleaned_in = (time.perf_counter() - began) / count * 1e6
     assert cleaned == old, (cleaned, old)
-    work = f"{backend}, {count:,} contexts"
-    run.figure(f"{work}: list, per context", listed, "nothing", 0, "µs")
-    run.figure(f"{work}: cleanup of {old:,}, per context looked at", cleaned_in, "nothing", 0, "µs")
-    run.figure(f"{work}: memory added by both", _resident() - before, "nothing", 0, "MB")
+    where = f"{backend}, {count:,} contexts"
+    run.counted(f"{where}: list, for each context", listed, "µs")
+    run.counted(f"{where}: cleanup of {old:,}, for each context looked at", cleaned_in, "µs")
+    run.counted(f"{where}: memory added by both", resident_megabytes() - before, "MB")
     if server is not None:
-        run.figure(f"{work}: longest a PING of another client took meanwhile", watch.longest * 1e3, "nothing", 0, "ms")
-        stats: Any = server.client().info("commandstats")
-        assert "cmdstat_keys" not in stats
-        slowest: Any = server.client().slowlog_get(1)
-        run.report.facts["Valkey: commands slower than 10 ms (slowlog)"] = len(slowest)
+        run.counted(f"{where}: longest PING of another client meanwhile", watch.longest * 1e3, "ms")
+        slow: Any = server.client().slowlog_len()
+        run.counted(f"{where}: commands that took the server more than 10 ms", slow, "commands")
 
 
 async def _make(storage: StateStorage, numbers: range) -> None:
@@ -65,13 +61,8 @@ async def _make(storage: StateStorage, numbers: range) -> None:
         await asyncio.gather(*(context.set_variable(name, "theme", "dark") for name in names))
 
 
-def _resident() -> float:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
-
-
 class Watch:
-    """Asks the server again and again, from another thread, and notes the longest answer."""
+    """Sends PING to the server every 2 ms from another thread, and keeps the longest time of an answer."""
 
     def __init__(self, server: Any) -> None:
         self.longest = 0.0

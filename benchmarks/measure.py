@@ -1,232 +1,139 @@
-"""How everything here is measured: in rounds, each contender once a round, side by side.
+"""How contenders are compared: they take turns in short rounds, at rest and beside busy processes.
 
-A machine that others use too is slow for seconds at a time. So contenders take turns in short rounds, in changing
-order, and what is compared is the median over the rounds of the ratio within one round: a slow second hits both sides.
+A shared machine is slow for seconds at a time. So what is compared is the median, over the rounds, of the ratio within
+one round: a slow second affects both sides.
 """
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import mkdtemp
-from typing import Any, Final, Literal
+from typing import Final, Protocol, TypeVar
 
-Round = Callable[[], float]
-"""Does one round of work, and says what it cost: seconds per operation (or whatever the row's unit is)."""
-
-CONTENT: Final = "Remember that I like tea, and that I never drink it after four o'clock. " * 3
-MESSAGE_BYTES: Final = 200
-TEXT: Final = CONTENT[:MESSAGE_BYTES]
-"""The content of every message."""
+from .neighbours import busy_neighbours
+from .results import AT_REST, BUSY, Comparison, Count, Line, Report, Row
+from .sampling import Figures, Limit, Sample, in_sequence
 
 
-@dataclass
-class Row:
-    """One comparison. `ratio` is ours to theirs for costs, and theirs to ours where more is better."""
+class Closable(Protocol):
+    """A resource of a benchmark."""
 
-    work: str
-    against: str
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    spread: tuple[float, float]
-    """Quartiles of the ratio over the rounds."""
-    bound: Literal["at most", "at least", ""] = ""
-    target: float | None = None
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
-        if self.target is None:
-            return None
-        return self.ratio <= self.target if self.bound == "at most" else self.ratio >= self.target
+    def close(self) -> object: ...
 
 
-@dataclass
-class Series:
-    """A line of a plot."""
+Resource = TypeVar("Resource", bound=Closable)
+Round = Callable[[Limit], Sample]
+"""Makes the calls of one round."""
+Conditions = Mapping[str, Callable[[], AbstractContextManager[object]]]
+"""By name: what is entered while the rounds under this condition are made."""
+Measured = Mapping[str, Mapping[str, list[Sample]]]
+"""The rounds by condition and contender."""
 
-    plot: str
-    line: str
-    x: list[float]
-    y: list[float]
+ALONE: Final[Conditions] = {AT_REST: nullcontext}
+BOTH: Final[Conditions] = {**ALONE, BUSY: busy_neighbours}
+
+SIZES: Final = (200, 4_000, 40_000)
+"""Bytes of a message's content: a sentence or two, a page, the result of a tool."""
+_ROUND_BYTES: Final = 4_000_000
+"""Messages written in a round. Without a limit, large ones would fill memory and measure the disk."""
 
 
-@dataclass
-class Report:
-    """What one benchmark found."""
+def repeated(call: Callable[[], object], prepare: Callable[[], object] | None = None) -> Round:
+    """Rounds of one call after another. `prepare` is called before each of them and is not timed."""
+    return lambda limit: in_sequence(call, limit, prepare)
 
-    name: str
-    about: str
-    rows: list[Row] = field(default_factory=list)
-    series: list[Series] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
 
-    def as_data(self) -> dict[str, Any]:
-        """For JSON."""
-        data = asdict(self)
-        for shown, row in zip(data["rows"], self.rows, strict=True):
-            shown["met"] = row.met
-        return data
+def size_name(size: int) -> str:
+    """200 B, 4 KB."""
+    return f"{size} B" if size < 1000 else f"{size // 1000} KB"
 
 
 class Run:
-    """What a benchmark is given: sizes, a folder, servers, and where to put what it finds."""
+    """What a benchmark is given: how much to do, a folder, and where to report what it finds."""
 
     def __init__(self, report: Report, folder: Path, *, quick: bool, say: Callable[[str], None]) -> None:
         self.report = report
-        self.quick = quick
         self.say = say
         self.stack = ExitStack()
+        self._quick = quick
         self._folder = folder
 
-    def size(self, full: int, quick: int | None = None) -> int:
-        """How much of something: all of it, or a little where only the benchmark itself is being tried out."""
-        return (max(1, full // 20) if quick is None else quick) if self.quick else full
+    def amount(self, full: int, quick: int | None = None) -> int:
+        """How much of something: `full`, or a little where the benchmark itself is being tried out."""
+        return (max(1, full // 20) if quick is None else quick) if self._quick else full
 
     def folder(self, name: str = "data") -> Path:
         """A new folder on the disk that is measured."""
         return Path(mkdtemp(prefix=f"{name}-", dir=self._folder))
 
-    def compare(self, cases: Mapping[str, Round], rounds: int = 9, *, warm_up: int = 1) -> Samples:
-        """The cases, each once a round."""
+    def closing(self, resource: Resource) -> Resource:
+        """The resource, which is closed at the end of the run."""
+        self.stack.callback(resource.close)
+        return resource
+
+    def compare(
+        self, cases: Mapping[str, Round], *, rounds: int = 9, seconds: float = 0.1, size: int = SIZES[0],
+        calls: int | None = None, conditions: Conditions = BOTH,
+    ) -> Measured:  # fmt: skip
+        """Measure the cases in turns, each once a round. A round ends as `Limit` says; the first one is not counted."""
+        if self._quick:
+            rounds, seconds = 2, seconds / 5
+        limit = Limit(seconds, calls or _ROUND_BYTES // size)
         names = list(cases)
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(-warm_up, self.size(rounds, 2)):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                gc.collect()
-                value = cases[name]()
-                if number >= 0:
-                    samples[name].append(value)
-        return Samples(samples)
+        measured: dict[str, dict[str, list[Sample]]] = {}
+        with _frozen():
+            for condition, enter in conditions.items():
+                samples = measured[condition] = {name: [] for name in names}
+                with enter():
+                    for number in range(-1, rounds):
+                        shift = number % len(names)
+                        for name in names[shift:] + names[:shift]:
+                            gc.collect()
+                            sample = cases[name](limit)
+                            if number >= 0:
+                                samples[name].append(sample)
+        return measured
 
     def row(
-        self,
-        work: str,
-        samples: Samples,
-        ours: str,
-        theirs: str,
-        *,
-        unit: str = "µs",
-        at_most: float | None = None,
-        at_least: float | None = None,
-        note: str = "",
-        against: str | None = None,
-    ) -> Row:
-        """Note a comparison of two cases. `at_least` asks how many times cheaper ours is."""
-        ratios = samples.ratios(theirs, ours) if at_least is not None else samples.ratios(ours, theirs)
-        row = Row(
-            work,
-            against or theirs,
-            samples.median(ours),
-            samples.median(theirs),
-            unit,
-            median(ratios),
-            _quartiles(ratios),
-            "at most" if at_most is not None else "at least" if at_least is not None else "",
-            at_most if at_most is not None else at_least,
-            note,
-        )
-        self.report.rows.append(row)
-        self.say(f"{work}: {row.ratio:.2f} × {row.against}")
-        return row
-
-    def figure(
-        self, work: str, ours: float, against: str, theirs: float, unit: str, *, at_most: float | None = None,
-        ratio: float | None = None, note: str = "",
+        self, where: str, operation: str, measured: Measured, ours: str, theirs: str, *, at_most: float | None = None,
+        why: str = "", against: str | None = None, size: int | None = None, concurrent: bool = False,
     ) -> None:  # fmt: skip
-        """Note a comparison of two figures that are counted rather than timed."""
-        value = (ours / theirs if theirs else 0.0) if ratio is None else ratio
-        bound: Literal["at most", ""] = "at most" if at_most is not None else ""
-        self.report.rows.append(Row(work, against, ours, theirs, unit, value, (value, value), bound, at_most, note))
-        self.say(f"{work}: {ours:g} {unit}")
+        """Report a comparison of two cases. The target `at_most` is the largest ratio of our cost to theirs."""
+        conditions = {name: _compared(found[ours], found[theirs]) for name, found in measured.items()}
+        row = Row(where, operation, against or theirs, size, concurrent, at_most, why, conditions)
+        self.report.rows.append(row)
+        ratios = ", ".join(f"{found.ratio:.2f} {name}" for name, found in conditions.items())
+        shown_size = "" if size is None else f", {size_name(size)}"
+        self.say(f"{where}: {operation}{shown_size}: cost to that of {row.against}: {ratios}")
 
-    def line(self, plot: str, line: str, x: Sequence[float], y: Sequence[float]) -> None:
-        """Note a line of a plot."""
-        self.report.series.append(Series(plot, line, list(x), list(y)))
+    def counted(
+        self, what: str, value: float, unit: str, *, at_most: float | None = None, why: str = "", note: str = ""
+    ) -> None:
+        """Report a count. The target `at_most` is the largest value."""
+        self.report.counts.append(Count(what, value, unit, at_most, why, note))
+        self.say(f"{what}: {value:g} {unit}")
 
-
-@dataclass
-class Samples:
-    """What each case cost in each round."""
-
-    of: dict[str, list[float]]
-
-    def median(self, name: str) -> float:
-        return median(self.of[name])
-
-    def ratios(self, above: str, below: str) -> list[float]:
-        """Of two cases, round by round."""
-        return [a / b for a, b in zip(self.of[above], self.of[below], strict=True)]
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
-def repeated(work: Callable[[], object], count: int) -> Round:
-    """A round of `count` calls; microseconds a call."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            work()
-        return (time.perf_counter() - began) / count * 1e6
-
-    return once
-
-
-def numbered(work: Callable[[int], object], count: int, prepare: Callable[[int], object] | None = None) -> Round:
-    """A round of `count` calls with the numbers 0 to `count`, after `prepare` was called with each; microseconds."""
-
-    def once() -> float:
-        if prepare is not None:
-            for number in range(count):
-                prepare(number)
-        began = time.perf_counter()
-        for number in range(count):
-            work(number)
-        return (time.perf_counter() - began) / count * 1e6
-
-    return once
+    def line(self, plot: str, name: str, points: Mapping[float, float]) -> None:
+        """Report a line of a plot."""
+        self.report.lines.append(Line(plot, name, list(points), list(points.values())))
 
 
 @contextmanager
-def written() -> Iterator[dict[str, int]]:
-    """Counts the bytes that this process gives to write() and its kin, and those that reach the disk (Linux)."""
-    counts: dict[str, int] = {}
-    before = _io()
-    yield counts
-    after = _io()
-    counts.update({name: after[name] - before[name] for name in ("wchar", "write_bytes")})
+def _frozen() -> Iterator[None]:
+    """Keep the garbage collector from what exists already: with all libraries loaded, a collection takes 130 ms."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def _io() -> dict[str, int]:
-    lines = Path("/proc/self/io").read_text().split("\n")
-    return {name: int(value) for name, _, value in (line.partition(": ") for line in lines if line)}
-
-
-Benchmark = Callable[[Run], None]
-ALL: dict[str, Benchmark] = {}
-
-
-def benchmark(name: str) -> Callable[[Benchmark], Benchmark]:
-    """Make a function one of the benchmarks, by this name. Its docstring says what it measures."""
-
-    def register(function: Benchmark) -> Benchmark:
-        ALL[name] = function
-        return function
-
-    return register
+def _compared(ours: list[Sample], theirs: list[Sample]) -> Comparison:
+    ratios = [a.cost / b.cost for a, b in zip(ours, theirs, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive")
+    return Comparison(Figures.of(ours), Figures.of(theirs), median(ratios), (low, high))

@@ -1,36 +1,39 @@
-"""Libraries that keep conversations too, each used as its documentation says."""
+"""Other libraries that keep conversations, each configured as its documentation recommends."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from agentstate import FileStorage, StateStorage, SyncConversationContext, ValkeyStorage
 
-from .measure import TEXT, Round, Run, benchmark
-from .servers import start_server
+from .measure import Run
+from .messages import TEXT
 
 
 class Peer(ABC):
-    """One conversation, kept by somebody."""
+    """One conversation, kept by one library."""
 
     name: ClassVar[str]
-    durability: ClassVar[str]
+    remark: ClassVar[str] = ""
+    """What a reader should know to compare it with ours."""
     flushes: ClassVar[bool] = False
     """Whether an append waits for the disk."""
     most: ClassVar[int] = 10_000
-    """Messages; with more it would take all day."""
+    """The longest conversation that is measured: longer ones would take hours, or cannot be kept."""
 
-    def __init__(self, run: Run, server: Any) -> None:
+    def __init__(self, run: Run, server: Any, content: str) -> None:
         self.stack = ExitStack()
         self.run = run
+        self.content = content
         self.open(server.url if server is not None else "")
 
     @abstractmethod
@@ -39,7 +42,7 @@ class Peer(ABC):
 
     @abstractmethod
     def fill(self, length: int) -> None:
-        """Add so many messages, in whatever way is quick."""
+        """Add so many messages, in whatever way is fast."""
 
     @abstractmethod
     def append(self) -> None:
@@ -50,7 +53,7 @@ class Peer(ABC):
         """Read the last messages."""
 
     def runner(self) -> asyncio.Runner:
-        """An event loop as long as the peer lives."""
+        """An event loop that lives as long as the peer."""
         return self.stack.enter_context(asyncio.Runner())
 
 
@@ -64,10 +67,10 @@ class _Ours(Peer):
 
     def fill(self, length: int) -> None:
         for begin in range(0, length, 500):
-            self.context.extend_history("one", [{"role": "user", "content": TEXT}] * min(500, length - begin))
+            self.context.extend_history("one", [{"role": "user", "content": self.content}] * min(500, length - begin))
 
     def append(self) -> None:
-        self.context.add_to_history("one", "user", TEXT)
+        self.context.add_to_history("one", "user", self.content)
 
     def last(self, limit: int) -> Any:
         return self.context.get_history("one", limit=limit)
@@ -75,16 +78,14 @@ class _Ours(Peer):
 
 class OurFiles(_Ours):
     name = "agentstate, files"
-    durability = "flushed before the call returns"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
         return FileStorage(self.run.folder("ours"))
 
 
-class OurLazyFiles(_Ours):
+class OurUnflushedFiles(_Ours):
     name = "agentstate, files, fsync: no"
-    durability = "survives kill -9, not power loss"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
@@ -93,7 +94,6 @@ class OurLazyFiles(_Ours):
 
 class OurValkey(_Ours):
     name = "agentstate, Valkey"
-    durability = "the server's"
     most = 100_000
 
     def storage(self, url: str) -> StateStorage:
@@ -101,7 +101,7 @@ class OurValkey(_Ours):
 
 
 class _AgentUp(Peer):
-    """AgentUp's own storage: its one module, which needs none of the framework. Keeps the last 100 messages."""
+    """AgentUp's storage: one module, which does not need the framework. It keeps the last 100 messages."""
 
     most = 100
 
@@ -116,14 +116,15 @@ class _AgentUp(Peer):
     def fill(self, length: int) -> None:
         async def work() -> None:
             state = await self._context.get_or_create("one")
-            message = {"role": "user", "content": TEXT, "timestamp": "2025-01-01T00:00:00+00:00", "metadata": {}}
+            now = "2025-01-01T00:00:00+00:00"
+            message = {"role": "user", "content": self.content, "timestamp": now, "metadata": {}}
             state.history = [dict(message) for _ in range(length)]
             await self._context.storage.set(state)
 
         self._runner.run(work())
 
     def append(self) -> None:
-        self._runner.run(self._context.add_to_history("one", "user", TEXT))
+        self._runner.run(self._context.add_to_history("one", "user", self.content))
 
     def last(self, limit: int) -> Any:
         return self._runner.run(self._context.get_history("one", limit=limit))
@@ -132,7 +133,7 @@ class _AgentUp(Peer):
 class AgentUpFiles(_AgentUp):
     name = "AgentUp, files"
     flushes = True
-    durability = "file flushed, folder not; no lock between processes"
+    remark = "keeps 100 messages; flushes the file, not its folder; no lock between processes"
 
     def storage(self, module: Any, url: str) -> Any:
         return module.FileStorage(str(self.run.folder("agentup")))
@@ -140,7 +141,7 @@ class AgentUpFiles(_AgentUp):
 
 class AgentUpValkey(_AgentUp):
     name = "AgentUp, Valkey"
-    durability = "the server's; concurrent writers overwrite each other"
+    remark = "keeps 100 messages; concurrent writers overwrite each other"
 
     def storage(self, module: Any, url: str) -> Any:
         storage = module.ValkeyStorage(url, key_prefix="agentup-peer:")
@@ -167,7 +168,7 @@ def _agentup() -> Any:
 
 class LangChainFiles(Peer):
     name = "LangChain FileChatMessageHistory"
-    durability = "not flushed; rewritten in place, so that a crash can lose everything"
+    remark = "not flushed; rewritten in place, so that a crash can lose the conversation"
 
     def open(self, url: str) -> None:
         from langchain_community.chat_message_histories import FileChatMessageHistory
@@ -179,12 +180,10 @@ class LangChainFiles(Peer):
         self._history = FileChatMessageHistory(str(self._path))
 
     def fill(self, length: int) -> None:
-        import json
-
-        self._path.write_text(json.dumps(self._as_dicts([self._message(content=TEXT)] * length)))
+        self._path.write_text(json.dumps(self._as_dicts([self._message(content=self.content)] * length)))
 
     def append(self) -> None:
-        self._history.add_message(self._message(content=TEXT))
+        self._history.add_message(self._message(content=self.content))
 
     def last(self, limit: int) -> Any:
         return self._history.messages[-limit:]
@@ -192,7 +191,6 @@ class LangChainFiles(Peer):
 
 class LangChainRedis(Peer):
     name = "LangChain RedisChatMessageHistory"
-    durability = "the server's"
 
     def open(self, url: str) -> None:
         from langchain_community.chat_message_histories import RedisChatMessageHistory
@@ -203,10 +201,10 @@ class LangChainRedis(Peer):
         self._history.clear()
 
     def fill(self, length: int) -> None:
-        self._history.add_messages([self._message(content=TEXT)] * length)
+        self._history.add_messages([self._message(content=self.content)] * length)
 
     def append(self) -> None:
-        self._history.add_message(self._message(content=TEXT))
+        self._history.add_message(self._message(content=self.content))
 
     def last(self, limit: int) -> Any:
         return self._history.messages[-limit:]
@@ -217,10 +215,10 @@ class _OpenAI(Peer):
     _runner: asyncio.Runner
 
     def fill(self, length: int) -> None:
-        self._runner.run(self.session.add_items([{"role": "user", "content": TEXT}] * length))
+        self._runner.run(self.session.add_items([{"role": "user", "content": self.content}] * length))
 
     def append(self) -> None:
-        self._runner.run(self.session.add_items([{"role": "user", "content": TEXT}]))
+        self._runner.run(self.session.add_items([{"role": "user", "content": self.content}]))
 
     def last(self, limit: int) -> Any:
         return self._runner.run(self.session.get_items(limit=limit))
@@ -229,7 +227,7 @@ class _OpenAI(Peer):
 class OpenAISQLite(_OpenAI):
     name = "openai-agents SQLiteSession"
     flushes = True
-    durability = "WAL with sqlite3's default synchronous=FULL: flushed before the call returns"
+    remark = "flushed: WAL, synchronous=FULL"
 
     def open(self, url: str) -> None:
         from agents import SQLiteSession
@@ -241,7 +239,6 @@ class OpenAISQLite(_OpenAI):
 
 class OpenAIRedis(_OpenAI):
     name = "openai-agents RedisSession"
-    durability = "the server's"
 
     def open(self, url: str) -> None:
         from agents.extensions.memory import RedisSession
@@ -253,7 +250,7 @@ class OpenAIRedis(_OpenAI):
 
 class Strands(Peer):
     name = "Strands FileSessionManager"
-    durability = "not flushed; one file a message"
+    remark = "not flushed; one file for each message"
     most = 1000
 
     def open(self, url: str) -> None:
@@ -270,7 +267,7 @@ class Strands(Peer):
             self.append()
 
     def append(self) -> None:
-        message: Any = {"role": "user", "content": [{"text": TEXT}]}
+        message: Any = {"role": "user", "content": [{"text": self.content}]}
         self._manager.create_message("one", "agent", self._message.from_message(message, self._count))
         self._count += 1
 
@@ -278,86 +275,18 @@ class Strands(Peer):
         return self._manager.list_messages("one", "agent", limit=limit, offset=max(0, self._count - limit))
 
 
-FILE_PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (OurFiles, OurLazyFiles, AgentUpFiles, LangChainFiles, OpenAISQLite, Strands)
-}
-VALKEY_PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (OurValkey, AgentUpValkey, LangChainRedis, OpenAIRedis)
-}
+FILE_PEERS: tuple[type[Peer], ...] = (OurFiles, OurUnflushedFiles, AgentUpFiles, LangChainFiles, OpenAISQLite, Strands)
+VALKEY_PEERS: tuple[type[Peer], ...] = (OurValkey, AgentUpValkey, LangChainRedis, OpenAIRedis)
 
 
 @contextmanager
-def opened(run: Run, name: str, make: type[Peer], server: Any = None) -> Iterator[Peer | None]:
+def opened(run: Run, make: type[Peer], server: Any = None, content: str = TEXT) -> Iterator[Peer | None]:
     """A peer, or None where it is not installed."""
     try:
-        peer = make(run, server)
+        peer = make(run, server, content)
     except ImportError as error:
-        run.report.facts.setdefault("absent", []).append(f"{name}: {error}")
+        run.report.facts[f"not installed: {make.name}"] = str(error)
         yield None
         return
-    run.report.facts.setdefault("durability", {})[name] = make.durability
     with peer.stack:
         yield peer
-
-
-@benchmark("peers")
-def peers(run: Run) -> None:
-    """Appends, and reads of the last ten messages, by libraries that keep conversations, as these grow."""
-    server = start_server(run)
-    for medium, group, ours in (
-        ("files", FILE_PEERS, (OurFiles.name, OurLazyFiles.name)),
-        ("Valkey", VALKEY_PEERS, (OurValkey.name,)),
-    ):
-        costs: dict[str, dict[str, tuple[list[int], list[float]]]] = {"append": {}, "read": {}}
-        for length in (10, 100, 1000, 10_000, 100_000):
-            if length > run.size(100_000, 100):
-                break
-            _at_length(run, server, group, ours, length, costs, medium)
-        for what, lines in costs.items():
-            for name, (x, y) in lines.items():
-                run.line(f"length-{medium.lower()}-{what}", name, x, y)
-
-
-def _at_length(
-    run: Run, server: Any, group: dict[str, type[Peer]], ours: tuple[str, ...], length: int,
-    costs: dict[str, dict[str, tuple[list[int], list[float]]]], medium: str,
-) -> None:  # fmt: skip
-    works: dict[str, tuple[Callable[[Peer], object], int]] = {
-        "append": (lambda peer: peer.append(), 10 if length < 10_000 else 2),
-        "read": (lambda peer: peer.last(10), 10 if length < 10_000 else 2),
-    }
-    with ExitStack() as stack:
-        there: dict[str, Peer] = {}
-        for name, make in group.items():
-            if length <= make.most:
-                peer = stack.enter_context(opened(run, name, make, server))
-                if peer is not None:
-                    peer.fill(length)
-                    there[name] = peer
-        for what, (work, count) in works.items():
-            samples = run.compare({name: _round(peer, work, count) for name, peer in there.items()}, 7)
-            for name in there:
-                x, y = costs[what].setdefault(name, ([], []))
-                x.append(length)
-                y.append(samples.median(name))
-            if length not in (100, 1000):
-                continue
-            shown = {"append": "append", "read": "read of the last 10"}[what]
-            for name in there:
-                if name in ours:
-                    continue
-                mine = ours[0] if group[name].flushes else ours[-1]
-                run.row(
-                    f"{medium}, {length:,} messages: {shown}", samples, mine, name, at_least=0.0,
-                    note=group[name].durability,
-                )  # fmt: skip
-
-
-def _round(peer: Peer, work: Callable[[Peer], object], count: int) -> Round:
-    def once() -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            work(peer)
-        return (time.perf_counter() - began) / count * 1e6
-
-    return once

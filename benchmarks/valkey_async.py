@@ -1,85 +1,98 @@
-"""Appends to many conversations at a time, over asyncio."""
+"""Appends to Valkey and reads from it by many conversations at a time, over asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import multiprocessing
-import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from agentstate import ConversationContext, ValkeyStorage
 
 from . import floors
-from .measure import TEXT, Round, Run, benchmark
+from .measure import SIZES, Measured, Round, Run
+from .messages import content_of
+from .results import AT_REST
+from .sampling import Figures, Limit, Sample, in_tasks
 from .servers import start_server
 
-Append = Callable[[str], Awaitable[Any]]
+OURS, NATIVE, GLIDE, PIPELINE = "agentstate", "valkey.asyncio", "GLIDE", "hand-written RESP pipelining"
+CONCURRENCY: Final = (1, 10, 50, 200, 1000)
 
-CONCURRENCY = (1, 10, 50, 200, 1000)
-OURS, NATIVE, LIBVALKEY, GLIDE, PIPELINE = (
-    "agentstate", "valkey.asyncio", "valkey.asyncio with libvalkey", "GLIDE", "hand-written RESP pipelining",
-)  # fmt: skip
+_WHERE = "Valkey, asyncio"
+_WHY_LONE = (
+    "a call goes through a worker thread, so that two threads and the server wake up one after another, where a native "
+    "client waits for the loop and the server only"
+)
+_WHY_PIPELINE = "the floor sends bare RPUSHes; ours runs a script, which checks each commit and remembers its id"
 
 
-@benchmark("valkey-async")
-def appends(run: Run) -> None:
-    """Appends by N conversations at a time, each waiting for its last one, against one RPUSH an append."""
+class Client(NamedTuple):
+    """What a client does to a conversation: append a message of this content, and read the last ten."""
+
+    append: Callable[[str, str], Awaitable[Any]]
+    read: Callable[[str], Awaitable[Any]]
+
+
+def many_tasks(run: Run) -> None:
+    """Calls by N conversations at a time, each of which waits for its last call, against one command a call."""
     server = start_server(run)
-    clients = {name: _Client(run, name, server.port) for name in CLIENTS}
-    for name in [name for name, client in clients.items() if not client.is_there()]:
-        run.report.facts[f"not installed: {name}"] = True
+    clients = {name: _Process(run, name, server.port) for name in CLIENTS}
+    for name in [name for name, client in clients.items() if not client.is_installed()]:
+        run.report.facts[f"not installed: {name}"] = "yes"
         del clients[name]
-    costs: dict[str, list[float]] = {name: [] for name in clients}
-    for concurrency in CONCURRENCY:
-        # Long enough that beginning and end, where nothing overlaps, do not matter.
-        total = 600 if concurrency == 1 else 4000 if concurrency < 50 else 16_000
-        each = max(2, run.size(total, 200) // concurrency)
-        samples = run.compare({name: client.round(concurrency, each) for name, client in clients.items()}, 11)
-        for name, line in costs.items():
-            line.append(1e6 / samples.median(name))
-        if concurrency == 1:
-            run.row("Valkey, async, one conversation: append", samples, OURS, NATIVE, at_most=1.8, note="goal 1.25")
-            for other in (LIBVALKEY, GLIDE, PIPELINE):
-                if other in clients:
-                    run.row("Valkey, async, one conversation: append", samples, OURS, other)
-            continue
-        work = f"Valkey, async, {concurrency:,} conversations: append"
-        wanted = concurrency in (50, 1000)
-        run.row(work, samples, OURS, NATIVE, at_least=3.0 if wanted else 0.0, note="goal 5" if wanted else "")
-        for other, least in ((LIBVALKEY, 0.0), (GLIDE, 1.0), (PIPELINE, 0.7)):
-            if other in clients:
-                run.row(work, samples, OURS, other, at_least=least if concurrency == 1000 else 0.0)
-        if concurrency == 1000:
-            _processor_time(run, clients, server.client(), concurrency, each)
-    for name, line in costs.items():
-        run.line("throughput", name, CONCURRENCY, line)
+    throughput: dict[str, dict[float, float]] = {name: {} for name in clients}
+    for conversations in CONCURRENCY:
+        measured = _compare(run, server, clients, "append", conversations, SIZES[0])
+        for name, samples in measured[AT_REST].items():
+            throughput[name][conversations] = Figures.of(samples).throughput
+    for name, points in throughput.items():
+        run.line("throughput", name, points)
+    for size in SIZES[1:]:
+        for conversations in (1, 50):
+            _compare(run, server, clients, "append", conversations, size)
+    del clients[PIPELINE]  # it does not read
+    for size in SIZES:
+        for conversations in (1, 50):
+            _compare(run, server, clients, "read", conversations, size)
 
 
-def _processor_time(run: Run, clients: dict[str, _Client], server: Any, concurrency: int, each: int) -> None:
-    """What an append takes of the processors, which is much the same on a busy machine as on a quiet one."""
+def _compare(
+    run: Run, server: Any, clients: dict[str, _Process], operation: str, conversations: int, size: int
+) -> Measured:
+    server.client().flushall()
+    names = [f"conversation-{number}" for number in range(conversations)]
+    if operation == "read":
+        for client in clients.values():
+            client.round("append", names * 10, size)(Limit(0))
+    cases = {name: client.round(operation, names, size) for name, client in clients.items()}
+    measured = run.compare(cases, seconds=0.15 if conversations < 200 else 0.25, size=size, rounds=11)
+    shown = {"append": "append", "read": "read of the last 10"}[operation]
+    if conversations > 1:
+        shown += f", {conversations:,} conversations"
+    for name in clients:
+        if name != OURS:
+            target, why = _TARGETS.get((operation, conversations, size, name), (None, ""))
+            run.row(
+                _WHERE, shown, measured, OURS, name, size=size, concurrent=conversations > 1, at_most=target, why=why
+            )
+    return measured
 
-    def server_time() -> float:
-        used = server.info("cpu")
-        return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
-    shares: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
-    count = concurrency * each
-    for _ in range(5):
-        for name, client in clients.items():
-            before = server_time()
-            client.round(concurrency, each)()
-            shares[name].append((client.processor_time / count * 1e6, (server_time() - before) / count * 1e6))
-    for name, samples in shares.items():
-        own, of_server = (sorted(part)[len(samples) // 2] for part in zip(*samples, strict=True))
-        run.report.facts[f"processor time of an append at {concurrency:,}, {name}"] = (
-            f"{own:.1f} µs in the client, {of_server:.1f} µs in the server"
-        )
+_TARGETS: Final = {
+    ("append", 1, SIZES[0], NATIVE): (1.6, _WHY_LONE),
+    ("append", 50, SIZES[0], NATIVE): (1 / 3, ""),
+    ("append", 1000, SIZES[0], NATIVE): (1 / 3, ""),
+    ("append", 1000, SIZES[0], GLIDE): (1.0, ""),
+    ("append", 1000, SIZES[0], PIPELINE): (1 / 0.7, _WHY_PIPELINE),
+}
+"""The largest ratio of our cost to theirs, and why it is missed, where it is."""
 
 
-class _Client:
-    """A client in a process of its own: neither its threads nor what it keeps in memory are in the way of others."""
+class _Process:
+    """A client in a process of its own, so that neither its threads nor its memory affect the others."""
 
     def __init__(self, run: Run, name: str, port: int) -> None:
         processes = multiprocessing.get_context("spawn")
@@ -88,99 +101,83 @@ class _Client:
         process.start()
         run.stack.callback(process.join)
         run.stack.callback(self._pipe.send, None)
-        self.processor_time = 0.0  # seconds, of the last round
 
-    def is_there(self) -> bool:
-        """Whether it is installed."""
+    def is_installed(self) -> bool:
+        """Whether the client is installed here. To be called once, first."""
         return bool(self._pipe.recv())
 
-    def round(self, concurrency: int, each: int) -> Round:
-        """A round of so many conversations, with so many appends each; microseconds an append."""
+    def round(self, operation: str, names: list[str], size: int) -> Round:
+        """Rounds of one operation, by one task for each of the names."""
 
-        def once() -> float:
-            self._pipe.send((concurrency, each))
-            cost, self.processor_time = self._pipe.recv()
-            return float(cost)
+        def once(limit: Limit) -> Sample:
+            self._pipe.send((operation, names, size, limit))
+            sample: Sample = self._pipe.recv()
+            return sample
 
         return once
 
 
 def _serve(pipe: Any, name: str, port: int) -> None:
-    """The process of a client: carries out rounds until it is given None."""
+    """In the process of a client: make rounds until None is received."""
     with asyncio.Runner() as runner:
-        append = CLIENTS[name](port, runner)
-        pipe.send(append is not None)
+        client = CLIENTS[name](port, runner)
+        pipe.send(client is not None)
         while (asked := pipe.recv()) is not None:
-            concurrency, each = asked
-            assert append is not None
+            assert client is not None
+            operation, names, size, limit = asked
+            call = client.read if operation == "read" else partial(client.append, content_of(size))
             gc.collect()
-            used = time.process_time()
-            cost = runner.run(_appends(append, [f"conversation-{number}" for number in range(concurrency)], each))
-            pipe.send((cost, time.process_time() - used))
+            pipe.send(runner.run(in_tasks(call, names, limit)))
 
 
-async def _appends(append: Append, names: list[str], each: int) -> float:
-    async def converse(name: str) -> None:
-        for _ in range(each):
-            await append(name)
-
-    began = time.perf_counter()
-    await asyncio.gather(*map(converse, names))
-    return (time.perf_counter() - began) / (each * len(names)) * 1e6
-
-
-def _ours(port: int, _: asyncio.Runner) -> Append:
+def _ours(port: int, _: asyncio.Runner) -> Client:
     context = ConversationContext(ValkeyStorage(f"valkey://127.0.0.1:{port}"))
-    return lambda name: context.add_to_history(name, "user", TEXT)
+    return Client(
+        lambda content, name: context.add_to_history(name, "user", content),
+        lambda name: context.get_history(name, limit=10),
+    )
 
 
-def _native(port: int, _: asyncio.Runner) -> Append:
-    from valkey._parsers import _AsyncRESP2Parser
-
-    return _rpush(port, _AsyncRESP2Parser, "native")
-
-
-def _libvalkey(port: int, _: asyncio.Runner) -> Append | None:
-    from valkey.utils import LIBVALKEY_AVAILABLE
-
-    if not LIBVALKEY_AVAILABLE:
-        return None
-    from valkey._parsers import _AsyncLibvalkeyParser
-
-    return _rpush(port, _AsyncLibvalkeyParser, "libvalkey")
-
-
-def _rpush(port: int, parser: Any, prefix: str) -> Append:
-    """With up to 100 connections: with one for each of 1,000 tasks it is slower."""
+def _native(port: int, _: asyncio.Runner) -> Client:
+    """With libvalkey, as its documentation recommends, and up to 100 connections: with 1,000 it is slower."""
     import valkey.asyncio
 
-    pool = valkey.asyncio.BlockingConnectionPool(
-        host="127.0.0.1", port=port, parser_class=parser, max_connections=100, timeout=60
+    pool = valkey.asyncio.BlockingConnectionPool(host="127.0.0.1", port=port, max_connections=100, timeout=60)
+    client: Any = valkey.asyncio.Valkey(connection_pool=pool)
+    return Client(
+        lambda content, name: client.rpush(f"native:{name}", floors.message(content)),
+        lambda name: client.lrange(f"native:{name}", -10, -1),
     )
-    client = valkey.asyncio.Valkey(connection_pool=pool)
-    return lambda name: client.rpush(f"{prefix}:{name}", floors.message())
 
 
-def _glide(port: int, runner: asyncio.Runner) -> Append | None:
+def _glide(port: int, runner: asyncio.Runner) -> Client | None:
     try:
         from glide import GlideClient, GlideClientConfiguration, NodeAddress
     except ImportError:
         return None
-    configuration = GlideClientConfiguration([NodeAddress("127.0.0.1", port)], inflight_requests_limit=5000)
+    configuration = GlideClientConfiguration(
+        [NodeAddress("127.0.0.1", port)], inflight_requests_limit=5000, request_timeout=60_000
+    )
     client = runner.run(GlideClient.create(configuration))
-    return lambda name: client.rpush(f"glide:{name}", [floors.message()])
+    return Client(
+        lambda content, name: client.rpush(f"glide:{name}", [floors.message(content)]),
+        lambda name: client.lrange(f"glide:{name}", -10, -1),
+    )
 
 
-def _pipeline(port: int, runner: asyncio.Runner) -> Append:
+def _pipeline(port: int, runner: asyncio.Runner) -> Client:
     pipeline = runner.run(floors.Pipeline.connect("127.0.0.1", port))
-    return lambda name: pipeline.rpush(b"pipeline:" + name.encode(), floors.message())
+
+    def read(name: str) -> Awaitable[Any]:
+        raise NotImplementedError("the hand-written client knows RPUSH only")
+
+    return Client(lambda content, name: pipeline.rpush(b"pipeline:" + name.encode(), floors.message(content)), read)
 
 
-CLIENTS: Final[dict[str, Callable[[int, asyncio.Runner], Append | None]]] = {
+CLIENTS: Final[dict[str, Callable[[int, asyncio.Runner], Client | None]]] = {
     OURS: _ours,
     NATIVE: _native,
-    LIBVALKEY: _libvalkey,
     GLIDE: _glide,
     PIPELINE: _pipeline,
 }
-"""Each makes an append on a server at this port, in the process that it is for; None: it is not installed."""
+"""Each connects to the server at a port, in the process that it is for. None: it is not installed."""

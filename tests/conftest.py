@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import parts
 import pytest
 import valkey
 from hypothesis import HealthCheck, settings
@@ -33,8 +34,12 @@ SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
 PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
 
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("tests", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No deadline: how long an example takes depends on how busy the machine is. Every run draws other examples;
+# `tox -e examples` draws many at once, by `--hypothesis-profile`.
+settings.register_profile(
+    "tests", settings(), max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("many examples", settings.get_profile("tests"), max_examples=1000)
 settings.load_profile("tests")
 
 
@@ -96,16 +101,28 @@ def valkey_server(request: pytest.FixtureRequest) -> ValkeyServer:
     return shared_server(request)
 
 
-@pytest.fixture(scope="session", params=["given"] if GIVEN_URL else VERSIONS)
-def valkey_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of each version in turn, or the one from the environment."""
-    if not GIVEN_URL:
-        yield shared_server(request).url
-        return
+@pytest.fixture(scope="session")
+def given_url() -> Iterator[str]:
+    """The URL from the environment. In the end, the keys of all tests are deleted there."""
+    assert GIVEN_URL is not None
     yield GIVEN_URL
     with valkey.Valkey.from_url(GIVEN_URL) as client:
         for key in client.scan_iter(match=f"*{SESSION_PREFIX}*", count=1000):
             client.unlink(key)
+
+
+@pytest.fixture(scope="session", params=["given"] if GIVEN_URL else VERSIONS)
+def valkey_url(request: pytest.FixtureRequest) -> str:
+    """The URL of each version in turn, or the one from the environment."""
+    url: str = request.getfixturevalue("given_url") if GIVEN_URL else shared_server(request).url
+    return url
+
+
+@pytest.fixture(scope="session")
+def any_valkey_url(request: pytest.FixtureRequest) -> str:
+    """The URL of one server, for what need not run on every version, or the one from the environment."""
+    url: str = request.getfixturevalue("given_url") if GIVEN_URL else request.getfixturevalue("valkey_9").url
+    return url
 
 
 @pytest.fixture
@@ -151,8 +168,8 @@ def valkey_cluster() -> Iterator[ValkeyCluster]:
 
 
 @pytest.fixture(scope="session")
-def certificate_authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
-    return CertificateAuthority(tmp_path_factory.mktemp("certificates"))
+def certificate_authority() -> CertificateAuthority:
+    return CertificateAuthority()
 
 
 # Ended with its module because of its thread: from Python 3.12 on, a fork beside threads is a warning, here an error.
@@ -164,39 +181,24 @@ def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthori
         yield proxy
 
 
-EXHAUSTIVE = {
-    "": (
-        "tests/test_cli",
-        "tests/test_config_hostile.py",
-        "tests/test_docs.py",
-        "tests/test_document.py",
-        "tests/test_servers.py",
-    ),
-    "contracts": (
-        "tests/test_contract.py::TestFileDocument",
-        "tests/test_contract.py::TestFileLogExclusive",
-        "tests/test_contract.py::TestFileLogUnflushed",
-        "tests/test_contract.py::TestValkeyDocument",
-        "tests/test_third_party.py",
-    ),
-    "faults": (
-        "tests/test_file_faults.py",
-        "tests/test_file_format.py",
-        "tests/test_file_model.py",
-        "tests/test_transfer",
-        "tests/test_valkey_faults.py",
-        "tests/test_valkey_model.py",
-        "tests/test_valkey_topology.py",
-        "tests/torture/",
-    ),
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", choices=["python", "rest", *parts.PARTS], help="run only this part of the tests (tests/parts.py)"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what one Python is enough for, and which part of it that is."""
-    for item in items:
-        for part, beginnings in EXHAUSTIVE.items():
-            if item.nodeid.startswith(beginnings):
-                item.add_marker(pytest.mark.exhaustive)
-                if part:
-                    item.add_marker(part)
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files of other parts before they are imported."""
+    part = config.getoption("part")
+    if part is None or collection_path.suffix != ".py":
+        return None
+    return None if parts.is_in(part, collection_path.relative_to(parts.TESTS).as_posix()) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the classes of other parts."""
+    part = config.getoption("part")
+    if part is not None:
+        chosen = [item for item in items if parts.is_in(part, item.nodeid.removeprefix("tests/"))]
+        config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+        items[:] = chosen

@@ -139,6 +139,33 @@ def logs(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir() if entry.is_file()}
 
 
+class Interruption(BaseException):
+    """What the handler of a signal raises: KeyboardInterrupt, SystemExit, the time limit of a task queue."""
+
+
+def interrupted(step: int, function: Callable[[], object]) -> bool:
+    """Call a function and interrupt it at this step; False if it came to its end before.
+
+    Steps are the moments at which Python runs the handlers of signals (but for jumps back in a loop): when a function
+    of ours begins, and when one that is written in C has returned.
+    """
+    steps = itertools.count()
+
+    def at_event(frame: Any, event: str, _: object) -> None:
+        if event in ("call", "c_return") and "/agentstate/" in frame.f_code.co_filename and next(steps) == step:
+            sys.setprofile(None)
+            raise Interruption
+
+    try:
+        sys.setprofile(at_event)
+        function()
+    except Interruption:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
 _IMPORTS = "import os, sys, time; from agentstate import FileStorage; from filetools import *\n"
 
 

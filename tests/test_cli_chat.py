@@ -176,4 +176,4 @@ def test_an_error_of_ours_in_a_module_is_told_as_it_is(here: Path) -> None:
 
 def test_a_file_that_is_no_python_is_told_so(here: Path) -> None:
     (here / "bot.txt").write_text("bot = print")
-    assert_one_line(run("chat", "./bot.txt:bot", "hello", cwd=here), exits.USAGE, "no Python file")
+    assert_one_line(run("chat", "./bot.txt:bot", "hello", cwd=here), exits.USAGE, "not a Python file")

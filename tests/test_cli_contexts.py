@@ -115,9 +115,9 @@ def test_cleanup_deletes_what_is_old_and_only_that(store: Store) -> None:
     put(store, "older", updated=now - 300 * HOUR, user_id="u1")
     put(store, "new")
     assert store.run("cleanup", "--dry-run", "--max-age-hours", "100").out == "older\n"
-    assert store.run("cleanup", "--user", "nobody", "--json").json == {"deleted": 0}
-    assert store.run("cleanup", "--user", "u1", "--json").json == {"deleted": 1}
-    ran = store.run("cleanup")
+    assert store.run("cleanup", "--yes", "--user", "nobody", "--json").json == {"deleted": 0}
+    assert store.run("cleanup", "--yes", "--user", "u1", "--json").json == {"deleted": 1}
+    ran = store.run("cleanup", "--yes")
     assert (ran.code, ran.out) == (0, "")
     assert "Deleted 1 conversation from" in ran.err
     assert [row[0] for row in store.run("list").rows] == ["new"]
@@ -157,7 +157,7 @@ def test_follow_prints_what_other_processes_add(store: Store) -> None:
         store.context.pop_history("a", 2)
         store.context.trim_history("a", 10)
         assert process.stderr is not None
-        assert "taken back" in process.stderr.readline()
+        assert "removed from the end" in process.stderr.readline()
         store.context.add_to_history("a", "user", "after")
         assert json.loads(process.stdout.readline())["content"] == "after"
 
@@ -169,7 +169,7 @@ def test_follow_waits_for_a_conversation_and_survives_its_end(files: Store) -> N
     with started("show", "a", "-f", "--interval", "0.05", cwd=files.folder) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert "waiting" in process.stderr.readline()
+        assert "Waiting" in process.stderr.readline()
         files.context.add_to_history("a", "user", "one")
         until(lambda: "one" in process.stdout.readline())  # type: ignore[union-attr]
         files.context.clear_context("a")
@@ -283,7 +283,7 @@ def test_trimmed_conversations_say_so(files: Store) -> None:
     files.context.extend_history("a", [{"role": "user", "content": n} for n in range(10)])
     files.context.trim_history("a", 4)
     out = files.run("show", "a").out
-    assert "4 (the first 6 are trimmed)" in out
+    assert "4 (and 6 older ones that were trimmed)" in out
     assert "#6" in out
     assert files.run("show", "a", "--json").json["history_start"] == 6
 
@@ -303,7 +303,7 @@ def test_stats_count_ages_and_lengths(files: Store) -> None:
     assert (figures["owners"], figures["owned"]) == (5, 5)
     assert "bytes" not in figures
     text = files.run("stats", "--sizes").out
-    assert "values" in text
+    assert "size\t" in text
     assert "last updated\tolder\t1" in text
 
 
@@ -314,7 +314,7 @@ def test_stats_know_the_sizes_if_they_are_asked(store: Store) -> None:
     assert figures["by_bytes"]["up to 1.0 kB"] == figures["by_bytes"]["up to 10.0 MB"] == 1
     assert figures["largest"][0] == {"context_id": "large", "bytes": 5_000_002}
     assert "largest" not in store.run("stats", "--json").json
-    assert "size of a conversation\tup to 10.0 MB\t1" in store.run("stats", "--sizes").out
+    assert "size per conversation\tup to 10.0 MB\t1" in store.run("stats", "--sizes").out
 
 
 def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
@@ -328,8 +328,8 @@ def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
     assert sum(work["latency_nanoseconds"]["query"]["counts"]) == 3
     text = store.run("stats").out
     assert "\nquery\t3\t" in text
-    assert "\ntried again\t0\n" in text
-    assert "other processes" in store.run("stats", "--help").out
+    assert "\nretries\t0\n" in text
+    assert "processes" in store.run("stats", "--help").out
 
 
 def test_clear_and_cleanup_tell_machines_what_they_did(files: Store) -> None:

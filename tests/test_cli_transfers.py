@@ -100,14 +100,14 @@ def test_of_many_problems_the_first_are_told_and_the_others_counted(tmp_path: Pa
     ran = run("import", "x.jsonl", cwd=tmp_path)
     assert ran.code == exits.REFUSED
     assert len(ran.err.splitlines()) >= 101
-    assert "and 30 more like these" in ran.err
+    assert "and 30 more of these" in ran.err
 
 
 def test_some_conversations_can_be_exported(here: Path) -> None:
     lines = run("export", "--id", "owned", "--id", "empty", cwd=here).json_lines
     assert [line.get("context_id") for line in lines] == [None, "owned", "empty", None]
     assert len(run("export", "--user", "alice", cwd=here).json_lines) == 3
-    assert_one_line(run("export", "--id", "owned", "--id", "nobody", "x", cwd=here), exits.NOT_FOUND, "1 of the 2")
+    assert_one_line(run("export", "--id", "owned", "--id", "nobody", "x", cwd=here), exits.NOT_FOUND, "'nobody'")
     assert not (here / "x").exists()
 
 
@@ -126,7 +126,7 @@ def test_a_cut_off_archive_is_reported(here: Path) -> None:
     (here / "y.jsonl").write_bytes(data[: len(data) // 2])
     ran = run("import", "y.jsonl", "--storage-dir", "new", cwd=here)
     assert ran.code == exits.CORRUPTED
-    assert "not whole" in ran.err
+    assert "incomplete" in ran.err
     (here / "z.gz").write_bytes(gzip.compress(data)[:-100])
     assert run("import", "z.gz", "--storage-dir", "new2", cwd=here).code == exits.CORRUPTED
 
@@ -144,7 +144,7 @@ def test_differences_are_refused_or_replaced(here: Path) -> None:
         context.set_variable("owned", "new", 1)
     ran = run("import", "x.jsonl", cwd=here)
     assert ran.code == exits.REFUSED
-    assert "'owned' is there already, and different" in ran.err
+    assert "'owned' exists and is different" in ran.err
     assert run("import", "x.jsonl", "--replace", cwd=here).code == 0
     with SyncConversationContext(opened(here / "conversation_states")) as context:
         assert context.get_variables("owned") == {}
@@ -202,7 +202,7 @@ def test_configuration_files_say_from_where_and_to_where(here: Path) -> None:
     assert run("migrate", "old.yaml", "new.yml", "--json", cwd=here).json["copied"] == 24
     rows = run("list", "--config", "new.yml", "--json", cwd=here).json_lines
     assert all(row["expires_at"] for row in rows)
-    assert_one_line(run("migrate", "old.yaml", "old.yaml", cwd=here), exits.USAGE, "same place")
+    assert_one_line(run("migrate", "old.yaml", "old.yaml", cwd=here), exits.USAGE, "same storage")
     assert_one_line(run("migrate", "nothing.yaml", "new.yml", cwd=here), exits.USAGE, "nothing.yaml")
 
 
@@ -322,4 +322,4 @@ def test_a_storage_of_a_third_party_is_one_like_any_other(here: Path, third_part
     same_place = run(
         "migrate", "sqlite", "sqlite", "--from-option", "path=x", "--to-option", "path=x", cwd=here, **third_party
     )
-    assert_one_line(same_place, exits.USAGE, "same place")
+    assert_one_line(same_place, exits.USAGE, "same storage")

@@ -97,7 +97,7 @@ def test_file_names_of_any_bytes_disturb_nobody(some: Path, variables: dict[str,
     for name in (b"\xff.json", b"\xff.jsonl", b"\xff.txt"):
         with open(store + b"/" + name, "xb"):
             pass
-    for command in (["list"], ["stats"], ["verify"], ["export"], ["cleanup"], ["doctor"]):
+    for command in (["list"], ["stats"], ["verify"], ["export"], ["cleanup", "--yes"], ["doctor"]):
         ran = run(*command, cwd=some, **variables)
         assert ran.code == 0, ran
         assert "Traceback" not in ran.err

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta, timezone
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import pydantic
 import pytest
-from dataclasses_json import DataClassJsonMixin, LetterCase, config, dataclass_json
+from dataclasses_json import LetterCase, dataclass_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentstate import codec
 from agentstate.errors import StateSerializationError
 
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
@@ -98,10 +104,131 @@ def test_the_path_leads_to_the_culprit(value: Any, path: str) -> None:
     str(caught.value).encode()  # a message that can be logged, whatever it is about
 
 
-def test_the_error_says_what_to_do_instead() -> None:
-    for value, hint in ((b"x", "base64"), ({1}, "sorted list"), (float("nan"), "None")):
-        with pytest.raises(StateSerializationError, match=hint):
-            codec.encode(value, "x")
+@dataclass_json(letter_case=LetterCase.CAMEL)
+@dataclass
+class Camel:
+    user_name: str
+    again: Any = None
+
+
+@dataclass
+class Plain:
+    inside: Any = None
+
+
+class Model(pydantic.BaseModel):
+    role: str = "user"
+    content: Any = None
+    at: datetime = NOON
+    schema_: str = pydantic.Field("s", alias="schema")
+
+
+@dataclass
+class DataMessage:
+    role: str
+    content: Any
+
+
+class ModelMessage(pydantic.BaseModel):
+    role: str
+    content: Any
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class Array:
+    def tolist(self) -> list[int]:
+        return [1]
+
+
+async def coroutine() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (b"x", "bytes is not JSON; store base64 text instead"),
+        (memoryview(b"x"), "memoryview is not JSON; store base64 text instead"),
+        ({1}, "set is not JSON; store a sorted list instead"),
+        (float("nan"), "nan is not JSON; store None or text instead"),
+        (Decimal(1), "Decimal is not JSON; store text instead"),
+        (UUID(int=1), "UUID is not JSON; store text instead"),
+        (time(12), "time is not JSON; store text instead"),
+        (timedelta(1), "timedelta is not JSON; store its seconds instead"),
+        (Color.RED, "Color is not JSON; store its value instead"),
+        (Path("a"), f"{type(Path()).__name__} is not JSON; store str(path) instead"),
+        (Array(), "Array is not JSON; store its tolist() instead"),
+        (range(3), "range is not JSON; store a list instead"),
+        (iter([]), "list_iterator is not JSON; store a list instead"),
+        (object(), "object is not JSON; store text, numbers, lists, dicts or a dataclass instead"),
+    ],
+    ids=repr,
+)
+def test_the_error_says_what_to_store_instead(value: Any, advice: str) -> None:
+    with pytest.raises(StateSerializationError) as raised:
+        codec.encode({"a": value}, "x")
+    assert str(raised.value) == f"x.a: {advice}"
+
+
+def test_a_coroutine_is_to_be_awaited_first() -> None:
+    forgotten = coroutine()
+    with pytest.raises(StateSerializationError, match="x: coroutine is not JSON; await it first"):
+        codec.encode(forgotten, "x")
+    forgotten.close()
+
+
+def cyclic_list() -> Any:
+    inner: list[Any] = []
+    inner.append({"again": inner})
+    return {"first": [1, inner]}
+
+
+def cyclic_dict() -> Any:
+    outer: dict[str, Any] = {"a": {}}
+    outer["a"]["b"] = (1, outer)
+    return outer
+
+
+def cyclic_dataclass() -> Any:
+    one = Plain()
+    one.inside = Plain(one)
+    return [one]
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (cyclic_list(), "x.first[1][0].again"),
+        (cyclic_dict(), "x.a.b[1]"),
+        (cyclic_dataclass(), "x[0].inside.inside"),
+    ],
+    ids=["list", "dict", "dataclass"],
+)
+def test_a_cycle_is_told_once(value: Any, path: str) -> None:
+    with pytest.raises(StateSerializationError) as raised:
+        codec.encode(value, "x")
+    assert str(raised.value) == f"{path}: contains itself, which JSON cannot hold"
+    assert raised.value.path == path
+
+
+def test_cycles_of_models_are_refused_too() -> None:
+    camel, model = Camel("a"), Model()
+    camel.again = camel
+    model.content = [model]
+    for value in (camel, model):
+        with pytest.raises(StateSerializationError, match=r"x\[0\]: \w+ cannot be dumped: "):
+            codec.encode([value], "x")
+
+
+def test_the_path_to_what_is_too_deep_is_short() -> None:
+    value: Any = 0
+    for _ in range(10_000):
+        value = [value]
+    with pytest.raises(StateSerializationError) as raised:
+        codec.encode(value, "x")
+    assert str(raised.value) == "x[0][0][0][0][0][0][0][0]...: nested more than 200 levels deep"
 
 
 class Text(str):
@@ -148,64 +275,32 @@ def test_a_process_may_set_a_lower_limit_for_integers() -> None:
         codec.encode([10**700], "x")
 
 
-# --- dataclasses ----------------------------------------------------------------------------------------------------
+# --- dataclasses and models -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Inner:
-    at: datetime
-    day: date | None = None
+DUMPED = {"role": "user", "content": None, "at": "2026-01-31T12:00:00Z", "schema": "s"}
 
 
-@dataclass
-class Outer:
-    name: str
-    inner: Inner
-    many: list[Inner] = field(default_factory=list)
-    by_name: dict[str, Inner] = field(default_factory=dict)
-    times: list[datetime] = field(default_factory=list)
-    maybe: datetime | None = None
-    either: int | str = 0
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (Camel("alice"), {"userName": "alice", "again": None}),
+        (Plain(Camel("alice")), {"inside": {"userName": "alice", "again": None}}),
+        (Model(), DUMPED),
+        ([{"a": Model(content=(1, 2))}], [{"a": {**DUMPED, "content": [1, 2]}}]),
+        (Plain(Model(content=Plain(b""))), {"inside": {**DUMPED, "content": {"inside": ""}}}),
+        (pydantic.RootModel[list[date]]([date(2026, 1, 31)]), ["2026-01-31"]),
+        (pydantic.RootModel[None](None), None),
+    ],
+    ids=repr,
+)
+def test_dataclasses_and_models_are_stored_as_what_they_dump(value: Any, stored: Any) -> None:
+    assert codec.decode(codec.encode(value, "x")) == stored
 
 
-@dataclass_json(letter_case=LetterCase.CAMEL)
-@dataclass
-class Camel:
-    user_name: str
-    at_noon: datetime = field(
-        metadata=config(encoder=datetime.isoformat, decoder=datetime.fromisoformat),
-    )
-
-
-@dataclass
-class Mixed(DataClassJsonMixin):
-    left: int
-    right: list[int]
-
-
-NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
-
-
-def test_a_dataclass_comes_back_with_its_times() -> None:
-    inner = Inner(NOON, date(2026, 2, 1))
-    value = Outer("n", inner, [inner, Inner(NOON)], {"k": inner}, [NOON], NOON, "2026-01-31")
-    back = codec.decode_as(Outer, codec.decode(codec.encode(value, "x")))
-    assert back == value
-
-
-def test_a_dataclass_of_dataclasses_json_keeps_its_own_settings() -> None:
-    value = Camel("alice", NOON)
-    text = codec.encode(value, "x")
-    assert codec.decode(text) == {"userName": "alice", "atNoon": "2026-01-31T12:00:00+00:00"}
-    assert codec.decode_as(Camel, codec.decode(text)) == value
-    assert codec.decode_as(Mixed, codec.decode(codec.encode(Mixed(1, [2]), "x"))) == Mixed(1, [2])
-
-
-def test_what_is_no_dataclass_cannot_be_decoded_into() -> None:
-    with pytest.raises(TypeError, match="dataclass"):
-        codec.decode_as(dict, {})
-    with pytest.raises(KeyError):
-        codec.decode_as(Inner, {})
+def test_a_model_that_cannot_be_dumped_is_refused_with_its_path() -> None:
+    with pytest.raises(StateSerializationError, match=r"x\[0\]: Model cannot be dumped: .*object"):
+        codec.encode([Model(content=object())], "x")
 
 
 # --- messages and keys ----------------------------------------------------------------------------------------------
@@ -250,6 +345,9 @@ def test_a_timestamp_is_iso_8601(timestamp: Any) -> None:
         ({"role": "user"}, "messages[3]"),
         ({"role": "user", "content": "", "name": "x"}, "messages[3]"),
         ({"role": 5, "content": ""}, "messages[3].role"),
+        (Plain(), "messages[3]"),
+        (Model(role="user", content=[b"\xff"]), "messages[3]"),
+        (DataMessage("user", {"k": {1}}), "messages[3].content.k"),
         ({"role": "user", "content": [b""]}, "messages[3].content[0]"),
         ({"role": "user", "content": "", "metadata": {"k": {1}}}, "messages[3].metadata.k"),
         ({"role": "user", "content": "", "metadata": [1]}, "messages[3].metadata"),
@@ -262,6 +360,14 @@ def test_a_bad_message_is_refused_with_its_path(given: Any, path: str) -> None:
     assert caught.value.path == path
     assert caught.value.context_id == "c"
     assert str(caught.value).startswith(path + ":")
+
+
+@pytest.mark.parametrize(
+    "given", [DataMessage("user", ["hi", NOON]), ModelMessage(role="user", content=["hi", NOON.isoformat()])], ids=repr
+)
+def test_a_message_may_be_a_dataclass_or_a_model(given: Any) -> None:
+    message = codec.decode(codec.message_from_mapping(given, "messages[0]"))
+    assert (message["role"], message["content"], message["metadata"]) == ("user", ["hi", NOON.isoformat()], {})
 
 
 def test_a_message_counts_as_a_whole_against_the_limit() -> None:

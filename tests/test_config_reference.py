@@ -15,7 +15,8 @@ from agentstate.config import BACKENDS, StateConfig, config_table, json_schema, 
 from agentstate.config.model import KEYS, keys_of
 from agentstate.config.reference import schema_text
 from agentstate.errors import StateConfigError
-from agentstate.registry import get_context_manager, storage_class, storage_options
+from agentstate.registry import get_context_manager, storage_class
+from agentstate.storage.options import storage_options
 
 
 def test_the_shipped_schema_is_the_generated_one() -> None:

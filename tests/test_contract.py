@@ -69,6 +69,13 @@ class TestValkeyLog(Valkey):
         return ValkeyStorage(self.url, key_prefix=self.key_prefix, **options)
 
 
-class TestValkeyDocument(Valkey):
+class TestValkeyDocument(StorageContract):
+    """On one version: `test_valkey.py` shows that the commands of this layout do the same on each."""
+
+    @pytest.fixture(autouse=True)
+    def empty_keyspace(self, any_valkey_url: str, key_prefix: str) -> None:
+        self.url = any_valkey_url
+        self.key_prefix = key_prefix
+
     def make_storage(self, **options: Any) -> StateStorage:
         return ValkeyStorage(self.url, key_prefix=self.key_prefix, layout="document", **options)

@@ -39,7 +39,8 @@ from agentstate.operations import (
     Snapshot,
     Window,
 )
-from agentstate.storage.document import Document, DocumentStorage, DocumentUpdate, document_id, parse_document
+from agentstate.storage.document import DocumentStorage, DocumentUpdate
+from agentstate.storage.documentformat import Document, document_id, parse_document
 
 SECOND = 1_000_000
 
@@ -391,9 +392,27 @@ def test_an_expired_context_is_removed_by_cleanup_without_being_counted() -> Non
     assert context.get_state("a") is None
     assert list(context.list_contexts()) == []
     assert context.cleanup_old_contexts(24) == 0
-    assert list(storage.stored) == ["b"]  # its turn is still held
+    assert sorted(storage.stored) == ["a", "b"]  # with their commit ids
     assert storage.call(Lease("b", "renew", "token", 30.0)) is True
-    storage.now += 30 * SECOND
+    storage.now += 600 * SECOND
+    context.cleanup_old_contexts(24)
+    assert storage.stored == {}
+
+
+def test_an_expired_context_leaves_commit_ids_and_nothing_else_for_their_time() -> None:
+    storage = Documents(ttl=1)
+    context = SyncConversationContext(storage)
+    context.increment_variable("a", "n", 41, commit_id="one")
+    context.add_to_history("a", "user", "something private", commit_id="two")
+    storage.now += 2 * SECOND
+    assert context.cleanup_old_contexts(24) == 0
+    assert b"private" not in storage.stored["a"]
+    assert b"41" not in storage.stored["a"]
+    context.add_to_history("a", "user", "something private", commit_id="two")  # a retry: it was done
+    with pytest.raises(StateConflictError, match="already applied"):
+        context.increment_variable("a", "n", 41, commit_id="one")
+    assert context.get_state("a") is None
+    storage.now += 600 * SECOND
     context.cleanup_old_contexts(24)
     assert storage.stored == {}
 
@@ -409,22 +428,27 @@ def test_remove_at_is_when_a_document_means_nothing_any_more() -> None:
 
     create = Commit("a", (Create(),), "c1")
     clear = Commit("a", (Delete(),), "c2")
-    assert remove_at(create) == 10
-    assert remove_at(create, Lease("a", "take", "t", 30.0)) == 30
-    assert remove_at(create, Lease("a", "take", "t", 3.0)) == 10
+    assert remove_at(create) == REMEMBER_CLEARED
+    assert remove_at(create, Lease("a", "take", "t", 1000.0)) == 1000
+    assert remove_at(create, Lease("a", "take", "t", 3.0)) == REMEMBER_CLEARED
     assert remove_at(Lease("a", "take", "t", 3.0)) == 3
     assert remove_at(create, clear) == REMEMBER_CLEARED
     assert remove_at(create, clear, Lease("a", "take", "t", 3.0)) == REMEMBER_CLEARED
+    storage.ttl = 2000
+    assert remove_at(create) == 2000
     storage.ttl = None
     assert remove_at(create, Lease("a", "take", "t", 3.0)) is None
 
 
 def test_commit_ids_are_carried_into_the_next_life(storage: Documents, context: SyncConversationContext) -> None:
     context.increment_variable("a", "n", commit_id="one")
+    context.set_variable("a", "n", 5, commit_id="two")
     context.clear_context("a")
     context.set_variable("a", "x", 1)
     storage.now += 2 * int(REMEMBER_CLEARED * SECOND)
-    assert context.increment_variable("a", "n", commit_id="one") == 1
+    context.set_variable("a", "n", 5, commit_id="two")
+    with pytest.raises(StateConflictError, match="already applied"):  # its answer went with what was cleared
+        context.increment_variable("a", "n", commit_id="one")
     assert context.get_variables("a") == {"x": 1}
 
 

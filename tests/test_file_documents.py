@@ -317,6 +317,7 @@ def test_the_document_layout_knows_leases_exclusiveness_and_debris(tmp_path: Pat
         other.call(append("alice", 2, deadline=time.monotonic() + 0.1))
     (tmp_path / "alice.json.new").write_text("half")
     assert storage.call(Listing()) == Page(("alice",), None)
+    assert storage.call(Listing(idle_for=3600.0)) == Page((), None)
     assert logs(tmp_path) == {"alice.json"}
     storage.close()
     storage.close()

@@ -38,7 +38,7 @@ from agentstate.operations import (
     Trim,
     Window,
 )
-from agentstate.storage.file import filesystem, loglayout
+from agentstate.storage.file import filesystem, loggroup
 
 Around = Callable[..., Any]
 
@@ -234,7 +234,7 @@ def test_a_new_file_whose_flush_fails_is_unknown(tmp_path: Path, call: str) -> N
 def test_a_failed_flush_of_the_whole_file_system_makes_the_whole_group_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loglayout._Flushing, "all_at_once", lambda self, files: True)
+    monkeypatch.setattr(loggroup.Flushing, "everything", lambda self, files: True)
     between = Between()
     storage = FileStorage(tmp_path, file_system=between)
     together(storage, *(append(f"c{number}", 1) for number in range(20)))
@@ -256,7 +256,7 @@ def test_a_failed_flush_of_the_whole_file_system_makes_the_whole_group_unknown(
 def test_a_failed_flush_of_one_file_makes_the_outcomes_of_that_file_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loglayout._Flushing, "all_at_once", lambda self, files: False)
+    monkeypatch.setattr(loggroup.Flushing, "everything", lambda self, files: False)
     between = Between()
     storage = FileStorage(tmp_path, file_system=between)
     together(storage, *(append(f"c{number}", 1) for number in range(5)))
@@ -294,7 +294,7 @@ def test_a_lazy_flush_that_fails_is_logged_and_healed_by_the_next_writer(
         between.around = fail(errno.EIO, "sync")
         caplog.clear()
         with caplog.at_level(logging.ERROR):
-            storage._layout.sync_dirty()  # type: ignore[union-attr]
+            storage._layout._operations.lazy.flush()  # type: ignore[union-attr]
         assert "may not survive a power cut" in caplog.text
         between.around = fail(0)
         storage.call(append("alice", 2))

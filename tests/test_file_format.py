@@ -8,15 +8,16 @@ from os.path import commonprefix
 from pathlib import Path
 
 import pytest
-from filetools import Between, append, clear, commit, lines, logs, look, message, put, texts
+from filetools import Between, append, clear, commit, lines, logs, look, message, put, texts, together
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentstate import FileStorage
-from agentstate.errors import StateCorruptedError, StateSerializationError
+from agentstate.errors import StateConflictError, StateCorruptedError, StateSerializationError
+from agentstate.keys import file_stem
 from agentstate.operations import Append, Change, Commit, Increment, Pop, Put, Query, Restore, Space, Trim, Window
 from agentstate.storage.file.logfile import _pieces
-from agentstate.storage.file.logformat import fields, ids_of, ids_text, is_sealed, seed_of
+from agentstate.storage.file.logformat import fields, ids_of, ids_text, is_sealed, seal_body, seed_of
 from agentstate.storage.file.logimage import LogImage
 from agentstate.storage.resolve import Effects, only_adds, resolve
 
@@ -120,17 +121,38 @@ def test_lines_of_another_log_or_place_are_not_believed(tmp_path: Path) -> None:
             look(FileStorage(tmp_path), "alice")
 
 
-def test_a_log_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "alice.jsonl"
-    from agentstate.storage.file.logformat import seal_body
-
-    line, _ = seal_body(b'{"agentstate":2,"id":"alice"', seed_of("alice"), 0)
-    path.write_bytes(line)
+@pytest.mark.parametrize("context_id", ["alice", "User-1"])
+@pytest.mark.parametrize("known_seal", [True, False], ids=["sealed as now", "sealed otherwise"])
+def test_a_log_of_a_newer_version_is_refused_everywhere_and_never_repaired(
+    tmp_path: Path, context_id: str, known_seal: bool
+) -> None:
+    path = tmp_path / (file_stem(context_id) + ".jsonl")
+    body = b'{"agentstate":2,"id":"%b"' % context_id.encode()
+    line = seal_body(body, seed_of(context_id), 0)[0] if known_seal else body + b',"checksum":"5f3759df"}\n'
+    path.write_bytes(line + b'{"something":"new"}\n')
+    content = path.read_bytes()
     storage = FileStorage(tmp_path)
-    with pytest.raises(StateCorruptedError, match="version 2"):
-        storage.call(append("alice", 1))
-    assert path.read_bytes() == line
+    for refused in (
+        lambda: storage.call(append(context_id, 1)),
+        lambda: look(storage, context_id),
+        lambda: storage.repair(context_id),
+    ):
+        with pytest.raises(StateConflictError, match=r"version 2.*update agentstate"):
+            refused()
+    assert together(storage, append(context_id, 1), append("bob", 1))[1] == b""
+    assert [(problem.context_id, "version 2" in problem.reason) for problem in storage.verify()] == [(context_id, True)]
+    assert path.read_bytes() == content
     storage.close()
+
+
+def test_a_flipped_bit_in_the_version_is_damage(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path)
+    storage.call(append("alice", 1))
+    storage.close()
+    path = tmp_path / "alice.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"agentstate":1', b'{"agentstate":3', 1))
+    with pytest.raises(StateCorruptedError):
+        look(FileStorage(tmp_path), "alice")
 
 
 def test_every_flipped_bit_of_a_file_is_noticed_and_nothing_is_written_over_it(tmp_path: Path) -> None:

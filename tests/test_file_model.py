@@ -34,7 +34,7 @@ from agentstate.operations import (
 )
 from agentstate.storage import memory
 from agentstate.storage.base import StateStorage
-from agentstate.storage.file import logimage, loglayout, loglisting, logreader
+from agentstate.storage.file import loggroup, logimage, loglisting, logoperations, logreader
 
 IDS = ("a", "b~", "C ü")
 VALUES = (b"1", b'{"x":[1,2.50,"]"]}', '"ü\\""'.encode(), b"null", b"[]", b"-12", b"{}", b'"' + b"x" * 250 + b'"')
@@ -126,7 +126,7 @@ def outcomes(storage: StateStorage, operations: list[Operation]) -> list[Any]:
 def test_files_do_what_memory_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     random = Random(seed)
     drawn = Operations(random)
-    for module in (memory, loglayout, loglisting):
+    for module in (memory, loggroup, loglisting, logoperations):
         monkeypatch.setattr(module, "now_microseconds", drawn.clock)
     for name, value in SMALL.items():
         monkeypatch.setattr(logimage, name, value)

@@ -25,7 +25,7 @@ from agentstate.errors import (
     TurnLostError,
 )
 from agentstate.operations import Append, Create, Increment, Lease, Listing, Page, Pop, Put, Query, Space, Window
-from agentstate.storage.file import leases, locks, logfile, loglayout
+from agentstate.storage.file import leases, locks, logfile, loggroup, logoperations
 from agentstate.testing.harness import eventually
 
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
@@ -176,17 +176,45 @@ def test_a_folder_that_disappears_is_an_error_until_it_is_back(tmp_path: Path, s
     assert texts(storage, "alice") == ["1", "3"]
 
 
-def test_a_folder_that_is_replaced_by_another_is_the_one_that_counts(tmp_path: Path, storage: FileStorage) -> None:
-    storage.call(append("alice", "old"))
-    folder = Path(storage.storage_dir)
-    other = FileStorage(tmp_path / "other")
-    other.call(append("alice", "new"))
+@pytest.mark.parametrize("layout", ["log", "document"])
+@pytest.mark.parametrize("first", ["read", "write", "list"])
+def test_another_folder_in_the_place_of_the_first_is_an_error_until_a_storage_is_made_anew(
+    tmp_path: Path, layout: str, first: str
+) -> None:
+    """So it is when a disk is unmounted: the folder below it is there, and empty, or has what was kept before."""
+    folder = tmp_path / "states"
+    FileStorage(folder, layout=layout).call(append("alice", "old"))
+    other = FileStorage(tmp_path / "other", layout=layout)
+    other.call(append("alice", "of another store"))
+    other.close()
+    storage = FileStorage(folder, layout=layout)
+    if first == "read":
+        assert texts(storage, "alice") == ["old"]
+    elif first == "write":
+        storage.call(append("bob", 1))
+    else:
+        assert storage.call(Listing()) == Page(("alice",), None)
     folder.rename(tmp_path / "gone")
     (tmp_path / "other").rename(folder)
-    assert texts(storage, "alice") == ["new"]
-    storage.call(append("alice", "newer"))
-    assert texts(FileStorage(folder), "alice") == ["new", "newer"]
-    other.close()
+    for refused in (
+        lambda: look(storage, "alice"),
+        lambda: look(storage, "nobody"),
+        lambda: storage.call(append("alice", "lost")),
+        lambda: storage.call(append("carol", "lost")),
+        lambda: storage.call(Listing()),
+    ):
+        with pytest.raises(StateUnavailableError, match=r"not the one that it was.*mounted"):
+            refused()
+    results = together(storage, append("alice", "lost"), append("carol", "lost"))
+    assert [type(result) for result in results] == [StateUnavailableError] * 2
+    again = FileStorage(folder, layout=layout)
+    assert texts(again, "alice") == ["of another store"]
+    again.close()
+    folder.rename(tmp_path / "other")
+    (tmp_path / "gone").rename(folder)
+    storage.call(append("alice", "new"))
+    assert texts(storage, "alice") == ["old", "new"]
+    storage.close()
 
 
 def test_lock_files_that_somebody_removed_are_made_again(storage: FileStorage) -> None:
@@ -374,7 +402,7 @@ def test_commit_ids_of_what_is_long_gone_are_forgotten(tmp_path: Path, monkeypat
     storage.call(clear("alice"))
     assert storage.call(Listing(idle_for=1)) == Page((), None)
     later = time.time_ns() // 1000 + 601_000_000
-    monkeypatch.setattr(loglayout, "now_microseconds", lambda: later)
+    monkeypatch.setattr(logoperations, "now_microseconds", lambda: later)
     monkeypatch.setattr("agentstate.storage.file.loglisting.now_microseconds", lambda: later)
     assert storage.call(Listing(idle_for=1)) == Page(("alice",), None)
     assert storage.call(clear("alice", idle_for=1)) == b"false"
@@ -442,7 +470,7 @@ def test_a_lease_ends_by_itself_and_with_the_boot(tmp_path: Path, monkeypatch: p
 
 
 def test_a_listing_comes_in_pages_that_miss_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.storage.file.folder._NAMES_AT_A_TIME", 7)
+    monkeypatch.setattr("agentstate.storage.file.names._NAMES_AT_A_TIME", 7)
     storage = FileStorage(tmp_path, fsync="no")
     ids = {f"user:{number}" if number % 3 else f"u{number}" for number in range(40)}
     together(storage, *(append(context_id, 1) for context_id in ids))
@@ -499,8 +527,8 @@ def test_the_cache_keeps_within_its_bounds(tmp_path: Path) -> None:
         storage.call(put(f"c{number}", a=b"1"))
         assert texts(storage, f"c{number}") == ["x" * 500]
     layout: Any = storage._layout
-    assert sum(log.image.weight() for log in layout._logs.values() if log.image is not None) < 110_000
-    assert 5 < len(layout._logs) < 100
+    assert sum(log.image.weight() for log in layout.cache.logs() if log.image is not None) < 110_000
+    assert 5 < len(layout.cache.logs()) < 100
     storage.close()
 
 
@@ -514,7 +542,7 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
             storage.call(append(f"c{number}", 2))
     layout: Any = storage._layout
     assert layout.folder.open_files <= 25
-    assert sum(log.reader.fd >= 0 for log in layout._logs.values()) == layout.folder.open_files
+    assert sum(log.reader.fd >= 0 for log in layout.cache.logs()) == layout.folder.open_files
     for number in range(100):
         assert texts(storage, f"c{number}") == ["1", "2"] * 3
     storage.close()
@@ -526,7 +554,8 @@ def test_what_is_absent_is_not_kept(tmp_path: Path) -> None:
     for number in range(50):
         assert look(storage, f"nobody{number}") is None
         assert storage.call(clear(f"nobody{number}")) == b"false"
-    assert list(storage._layout._logs) == ["alice"]  # type: ignore[union-attr]
+    layout: Any = storage._layout
+    assert [log.context_id for log in layout.cache.logs()] == ["alice"]
     storage.close()
 
 
@@ -557,10 +586,10 @@ def test_a_group_keeps_the_order_of_each_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["syncfs", "each"])
-def test_a_group_of_many_files_is_flushed_before_it_is_settled(
+def test_a_group_of_many_files_is_settled_file_by_file_as_each_is_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
-    monkeypatch.setattr(loglayout._Flushing, "all_at_once", lambda self, files: at_once)
+    monkeypatch.setattr(loggroup.Flushing, "everything", lambda self, files: at_once)
     between = Between()
     storage = FileStorage(tmp_path, file_system=between)
     together(storage, *(append(f"c{number}", 1) for number in range(40)))
@@ -570,7 +599,12 @@ def test_a_group_of_many_files_is_flushed_before_it_is_settled(
         [append(f"c{number}", 2) for number in range(40)],
         lambda index, outcome: seen.append((outcome, between.calls.count("sync"), between.calls.count("sync_all"))),
     )
-    assert seen == [(b"", 0, 1) if at_once else (b"", 40, 0)] * 40
+    assert [outcome for outcome, _, _ in seen] == [b""] * 40
+    if at_once:
+        assert {(files, everything) for _, files, everything in seen} == {(0, 1)}
+    else:
+        assert all(flushed >= number for number, (_, flushed, _) in enumerate(seen, 1))
+        assert seen[0][1] < 40, "the first one had to wait for all the others"
     storage.close()
 
 
@@ -633,16 +667,16 @@ def test_in_a_group_each_operation_waits_until_its_own_deadline(tmp_path: Path) 
 
 
 def test_how_to_flush_many_files_is_measured() -> None:
-    flushing = loglayout._Flushing()
-    if loglayout.can_sync_all():
-        assert flushing.all_at_once(100)
-    flushing.took_at_once(2.0)
-    assert not flushing.all_at_once(100)
+    flushing = loggroup.Flushing()
+    if loggroup.can_sync_all():
+        assert flushing.everything(100)
+    flushing.took_everything(2.0)
+    assert not flushing.everything(100)
     for _ in range(50):
         flushing.took_each(0.0001)
-        flushing.all_at_once(100)
-    assert flushing.all_at_once(100) == loglayout.can_sync_all()
-    assert not flushing.all_at_once(2)
+        flushing.everything(100)
+    assert flushing.everything(100) == loggroup.can_sync_all()
+    assert not flushing.everything(2)
 
 
 def test_waiting_for_a_lock_ends_at_the_deadline(tmp_path: Path) -> None:

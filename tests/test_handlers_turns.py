@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import multiprocessing
 import threading
 import time
@@ -242,7 +243,7 @@ def test_a_handler_inside_another_on_the_same_conversation_is_an_error_and_not_a
     @stateful(storage, serialize_turns=True)
     def outer(task: Any, context_id: str) -> None:
         assert blocking({"id": "another"}) == "another"
-        with pytest.raises(StateConflictError, match=r"blocking\(\) was called from inside a turn on 'alice'"):
+        with pytest.raises(StateConflictError, match="this code runs inside a turn on 'alice' already"):
             blocking(task)
         with pytest.raises(StateConflictError, match="turns do not nest"):
             asyncio.run(awaitable(task))
@@ -375,6 +376,95 @@ def test_the_consumer_of_a_generator_is_not_inside_the_turn(storage: InMemorySto
     asyncio.run(consume())
 
 
+def test_a_stream_that_was_left_does_not_keep_the_same_task_out(opened: Opened) -> None:
+    @stateful(opened(), serialize_turns=True)
+    async def stream(task: Any, context: ConversationContext, context_id: str) -> AsyncIterator[int]:
+        yield await context.increment_variable(context_id, "n")
+        yield 0
+
+    async def main() -> None:
+        for expected in range(1, 6):
+            async for number in stream(TASK):
+                assert number == expected
+                break
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_was_left_open_keeps_others_waiting_until_it_is_closed(storage: InMemoryStorage) -> None:
+    blocking, awaitable = nested_handlers(storage)
+
+    @stateful(storage, serialize_turns=True)
+    async def stream(task: Any, context_id: str) -> AsyncIterator[int]:
+        yield 1
+        with pytest.raises(StateConflictError, match="turns do not nest"):
+            await awaitable(task)
+        with pytest.raises(StateConflictError, match="turns do not nest"):
+            blocking(task)
+        yield 2
+
+    async def main() -> None:
+        left: Any = stream(TASK)
+        assert await anext(left) == 1
+        waiting = asyncio.create_task(awaitable(TASK))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        assert await anext(left) == 2
+        await left.aclose()
+        assert await waiting == "alice"
+
+    asyncio.run(main())
+
+
+def test_a_generator_of_ones_own_that_holds_a_turn_may_be_left_too(opened: Opened) -> None:
+    context, awaitable = SyncConversationContext(opened()), ConversationContext(opened())
+
+    def steps() -> Iterator[int]:
+        with context.turn("alice"):
+            yield 1
+
+    async def stream() -> AsyncIterator[int]:
+        async with awaitable.turn("alice"):
+            yield 1
+
+    async def main() -> None:
+        for _ in range(2):
+            async for _ in stream():
+                break
+            async with awaitable.turn("alice") as turn:
+                turn.increment_variable("n")
+            await awaitable.increment_variable("alice", "n")
+
+    def inherited() -> None:
+        left = steps()
+        next(left)
+        left.close()
+        with context.turn("alice") as turn:
+            turn.increment_variable("n")
+        context.increment_variable("alice", "n")
+
+    asyncio.run(main())
+    contextvars.copy_context().run(inherited)
+    assert context.get_variable("alice", "n") == 6
+
+
+def test_a_turn_through_another_context_object_is_nested_too(opened: Opened) -> None:
+    storage = opened()
+
+    @stateful(storage, serialize_turns=True)
+    def handler(task: Any, context_id: str) -> None:
+        with (
+            pytest.raises(StateConflictError, match="turns do not nest"),
+            SyncConversationContext(storage).turn("alice"),
+        ):
+            pass
+
+    handler(TASK)
+    with SyncConversationContext(storage).turn("alice"), pytest.raises(StateConflictError, match="turns do not nest"):
+        handler(TASK)
+    assert is_free(storage)
+
+
 # --- getting and giving back ----------------------------------------------------------------------------------------
 
 
@@ -421,7 +511,7 @@ def test_a_cancelled_handler_gives_the_turn_back(opened: Opened) -> None:
 class SlowStorage(InMemoryStorage):
     """Takes its time to answer, as a server does: until somebody lets it go on."""
 
-    waits = True
+    blocking = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,11 +25,12 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.telemetry",),
     ("agentstate.batches", "agentstate.calls", "agentstate.calllog"),
     ("agentstate.caller",),
+    ("agentstate.engine",),
     ("agentstate.storage",),
     ("agentstate.storage.resolve",),
-    ("agentstate.codec", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
+    ("agentstate.codec", "agentstate.decoding", "agentstate.keys", "agentstate.operations", "agentstate.urls"),
     ("agentstate.state",),
-    ("agentstate.errors", "agentstate.records"),
+    ("agentstate.errors", "agentstate.records", "agentstate.version"),
 )
 
 # These hand out names of modules that stand above them, loaded on first use: what they import for that,

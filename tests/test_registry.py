@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from agentstate import (
     ConversationContext,
+    DocumentStorage,
     FileStorage,
     InMemoryStorage,
     StateConfigError,
@@ -27,7 +29,9 @@ from agentstate import (
     registry,
 )
 from agentstate.config.model import convert, keys_of
-from agentstate.registry import storage_class, storage_names, storage_options
+from agentstate.operations import Page
+from agentstate.registry import storage_class, storage_names
+from agentstate.storage.options import storage_options
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +70,17 @@ def test_the_built_in_storages_have_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("valky", "valkey"), ("Valkey", "valkey"), ("files", "file"), ("memry", "memory")]
+    ("wrong", "right"),
+    [("valky", "valkey"), ("Valkey", "valkey"), ("files", "file"), ("memry", "memory"), ("redis", "valkey")],
 )
 def test_an_unknown_storage_is_an_error_with_the_nearest_name(wrong: str, right: str) -> None:
-    with pytest.raises(StateConfigError, match=f"'{wrong}' is no storage; did you mean '{right}'"):
+    with pytest.raises(StateConfigError, match=f"unknown storage '{wrong}'; did you mean '{right}'"):
         get_context_manager(wrong)
 
 
 def test_an_unknown_storage_like_no_other_lists_all() -> None:
     register_storage("small", SmallStorage)
-    with pytest.raises(StateConfigError, match="there are 'file', 'memory', 'small', 'valkey'"):
+    with pytest.raises(StateConfigError, match="use one of 'file', 'memory', 'small', 'valkey'"):
         get_context_manager("postgresql")
 
 
@@ -373,13 +378,51 @@ def test_wrong_options_say_what_is_right(storage: Any, options: dict[str, Any], 
 
 def test_wrong_options_of_a_third_party_say_what_is_right() -> None:
     register_storage("small", SmallStorage)
-    with pytest.raises(StateConfigError, match="'tabel' is no option of the storage 'small'; did you mean 'table'"):
+    with pytest.raises(StateConfigError, match="SmallStorage has no option 'tabel'; did you mean 'table'"):
         get_context_manager("small", tabel="t")
     with pytest.raises(StateConfigError, match="the storage 'small' needs the option 'table'"):
         get_context_manager("small")
     configure("state: {backend: small, table: t, tabel: t}")
-    with pytest.raises(StateConfigError, match="'tabel' is no option of the storage 'small'"):
+    with pytest.raises(StateConfigError, match="SmallStorage has no option 'tabel'"):
         get_context_manager()
+
+
+class PlainDocuments(DocumentStorage):
+    """A third party's, that hands its options on."""
+
+    def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
+        return None
+
+    def replace_document(self, context_id: str, update: Any, *, deadline: float) -> None: ...
+
+    def list_documents(self, cursor: str, size: int, *, deadline: float) -> Page:
+        return Page((), None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [InMemoryStorage, partial(FileStorage, "states"), partial(ValkeyStorage, "valkey://x"), PlainDocuments],
+)
+def test_a_misspelt_option_of_a_storage_object_is_an_error_with_the_nearest_name(make: Any) -> None:
+    with pytest.raises(StateConfigError, match="has no option 'tll'") as raised:
+        make(tll=3)
+    assert "did you mean 'ttl'?" in str(raised.value)
+
+
+@pytest.mark.parametrize("context", [SyncConversationContext, ConversationContext])
+@pytest.mark.parametrize(
+    ("storage", "advice"),
+    [
+        ("memory", r"get_context_manager\('memory', blocking=True\)"),
+        ("./states", r"get_context_manager\('file'\)"),
+        (Path("states"), r"get_context_manager\('file'\)"),
+        (InMemoryStorage, r"InMemoryStorage\(...\)"),
+        ({"storage": "file"}, "storage must be a storage object such as InMemoryStorage"),
+    ],
+)
+def test_a_context_wants_a_storage_object(context: Any, storage: Any, advice: str) -> None:
+    with pytest.raises(StateConfigError, match=advice):
+        context(storage)
 
 
 def test_a_type_error_of_a_storage_that_has_another_reason_is_passed_on() -> None:
@@ -423,6 +466,7 @@ def test_every_key_of_the_configuration_is_an_option_of_its_storage(backend: str
         except StateConfigError as error:  # the value of an example, perhaps
             problem = str(error)
         assert "no option" not in problem
+        assert "unknown option" not in problem
 
 
 # --- the configuration file -----------------------------------------------------------------------------------------

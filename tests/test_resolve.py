@@ -197,14 +197,22 @@ def test_random_commits_do_what_their_changes_do_one_by_one(commits: list[list[C
 def test_conditions_are_checked_in_their_order() -> None:
     stored = Stored()
     stored.commit(Own("bob"), put(x=1), commit_id="known")
-    every = {"user": "alice", "fence": "lost", "absent": True, "idle_for": 1e9, "expect": ("x", b"9")}
+    every: dict[str, Any] = {
+        "user": "alice",
+        "fence": "lost",
+        "absent": True,
+        "idle_for": 1e9,
+        "expect": ("x", b"9"),
+    }
     text = Stored()
     text.commit(Own("bob"), put(n="text"))
     bad = Increment("n", b"1")
-    assert stored.commit(put(x=2), commit_id="known", **every) == b""  # a remembered id comes first
+    with pytest.raises(StateAccessError):
+        stored.commit(put(x=2), commit_id="known", **every)
     with pytest.raises(StateAccessError):
         text.commit(bad, **every)
     del every["user"]
+    assert stored.commit(put(x=2), commit_id="known", **every) == b""
     with pytest.raises(TurnLostError):
         text.commit(bad, **every)
     every["fence"] = "held"
@@ -228,6 +236,28 @@ def test_an_ownerless_context_is_nobodys_for_a_bound_caller() -> None:
     stored.commit(Delete())
     stored.commit(put(x=1), user="alice")
     assert stored.image.user_id == "alice"
+
+
+def test_a_bound_caller_owns_what_it_creates_and_may_give_up_what_it_has() -> None:
+    for changes in ((Own(None),), (Own("bob"), put(x=1)), (put(x=1), Own(None)), (Delete(), Own(None))):
+        stored = Stored()
+        stored.commit(*changes, user="alice")
+        assert stored.image.user_id == "alice"
+    stored.commit(Own(None), user="alice")
+    assert stored.image.user_id is None
+    stored = Stored()
+    stored.commit(put(x=1), user="alice")
+    stored.commit(Delete(), put(x=1), Own("bob"), user="alice")
+    assert stored.image.user_id == "alice"
+
+
+def test_a_commit_without_changes_looks_its_id_up() -> None:
+    stored = Stored()
+    assert stored.commit(commit_id="id", answer=CHANGED) == CHANGED
+    stored.commit(Increment("n", b"2"), commit_id="id")
+    assert stored.commit(commit_id="id", answer=CHANGED) == b"2"
+    assert stored.commit(commit_id="other", answer=CHANGED) == CHANGED
+    assert stored.image.revision == 1
 
 
 def test_a_bound_caller_creates_for_its_user_whatever_comes_first() -> None:

@@ -359,7 +359,7 @@ agentstate.get_context_manager("memory", force_new=True, telemetry=True)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "pip install 'agentstate[otel]'" in ended.stderr.splitlines()[-1]
+    assert "pip install opentelemetry-api" in ended.stderr.splitlines()[-1]
     assert StateConfigError.__name__ in ended.stderr.splitlines()[-1]
 
 

@@ -303,7 +303,7 @@ def test_a_source_that_never_stops_changing_is_reported_and_leaves_nothing_behin
     source.before = change
     report = migrate(source, target)
     assert report.failed == 1
-    assert "kept changing" in str(report.problems[0].error)
+    assert "changed each of the 5 times" in str(report.problems[0].error)
     assert whole(target, "a") is None
 
 

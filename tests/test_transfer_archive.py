@@ -6,7 +6,10 @@ import errno
 import gzip
 import io
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,15 +269,15 @@ def test_an_end_that_counts_otherwise_is_damage(count: int) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"nonsense\n", "not JSON"),
-        (b"[1]\n", "no JSON object"),
+        (b"nonsense\n", "not valid JSON"),
+        (b"[1]\n", "a JSON object"),
         (b'{"context_id":"x","variables":{"a":NaN}}\n', "NaN"),
         (b'{"context_id":"x","variables":{"a":1,"a":2}}\n', "twice"),
-        (b'{"context_id":"x","variables":{"a":' + b"[" * 100_000 + b"}}\n", "not JSON"),
+        (b'{"context_id":"x","variables":{"a":' + b"[" * 100_000 + b"}}\n", "nested too deeply"),
         (b'{"context_id":"x","variables":{"a":' + b"[" * 500 + b"]" * 500 + b"}}\n", "levels deep"),
-        (b'{"context_id":"x","variables":{"a":' + b"9" * 5000 + b"}}\n", "not JSON"),
+        (b'{"context_id":"x","variables":{"a":' + b"9" * 5000 + b"}}\n", "too many digits"),
         (b'{"context_id":"x","variables":{"a":1e999}}\n', "inf"),
-        (b'{"context_id":"x","variables":[1]}\n', "`variables` is an object"),
+        (b'{"context_id":"x","variables":[1]}\n', "`variables` must be an object"),
         (b'{"context_id":"x","history":{}}\n', "list of objects"),
         (b'{"context_id":"x","history":["hi"]}\n', "list of objects"),
         (b'{"context_id":"x","history":[{"content":"hi"}]}\n', "role"),
@@ -287,12 +290,12 @@ def test_an_end_that_counts_otherwise_is_damage(count: int) -> None:
         (b'{"context_id":""}\n', "empty"),
         (b'{"context_id":7}\n', "text"),
         (b'{"context_id":"x","messages":5}\n', "messages"),
-        (b'{"context_id":"x","mood":"good"}\n', "no field 'mood'"),
-        (b'{"mood":"good"}\n', "no known kind"),
-        (b"{}\n", "no known kind"),
-        (b'{"continues":"nobody","history":[]}\n', "does not come before"),
-        (b'{"agentstate_archive":2}\n', "update"),
-        ("{\"context_id\":\"é\"}\n".encode("latin-1"), "not JSON"),
+        (b'{"context_id":"x","mood":"good"}\n', "unknown field 'mood'"),
+        (b'{"mood":"good"}\n', "got ['mood']"),
+        (b"{}\n", "got []"),
+        (b'{"continues":"nobody","history":[]}\n', "not the context before it"),
+        (b'{"agentstate_archive":2}\n', "upgrade"),
+        ("{\"context_id\":\"é\"}\n".encode("latin-1"), "not valid UTF-8"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_reported_with_its_number_and_the_others_are_imported(line: bytes, reason: str) -> None:
@@ -428,7 +431,7 @@ def test_an_abandoned_context_whose_first_line_is_bad_is_taken_back_too() -> Non
 def test_an_archive_that_ends_within_others_is_told() -> None:
     report, _ = imported(joined(HEADER, ALICE, HEADER, {**ALICE, "context_id": "bob"}, end(1)))
     assert report.copied == 2
-    assert "before line 3 without its last line" in str(report.damage)
+    assert "before line 3 is cut off" in str(report.damage)
 
 
 def test_an_error_of_the_disk_is_not_taken_for_a_damaged_archive() -> None:
@@ -442,3 +445,115 @@ def test_an_error_of_the_disk_is_not_taken_for_a_damaged_archive() -> None:
     target = InMemoryStorage()
     with pytest.raises(OSError, match="gave up"):
         import_contexts(Failing(joined(HEADER, ALICE)), target)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"revision": 10**300}, "revision"),
+        ({"history_start": 10**17}, "position"),
+        ({"messages": 10**100, "more": True}, "position"),
+        ({"updated_at": "9999-12-31T23:59:59.999999+00:00"}, "after 2199"),
+        ({"created_at": "0001-01-01T00:00:00+00:00"}, "before 1970"),
+        ({"expires_at": "9999-12-31T23:59:59+00:00"}, "after 2199"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_numbers_and_times_that_no_storage_could_count_up_from_are_refused(
+    fields: dict[str, Any], words: str, dry_run: bool
+) -> None:
+    report, target = imported(joined(ALICE | fields), dry_run=dry_run)
+    assert (report.failed, report.copied) == (1, 0)
+    error = report.problems[0].error
+    assert isinstance(error, StateSerializationError)
+    assert words in str(error)
+    assert len(str(error)) < 200
+    assert count_contexts(target) == 0
+
+
+def test_what_one_storage_lets_through_is_refused_by_a_migration_too() -> None:
+    source, target = InMemoryStorage(), InMemoryStorage()
+    snapshot = Snapshot(None, 1, 1, 10**16, 0, 0, {}, {}, 0, ())
+    restore(source, "alice", snapshot)
+    report = migrate(source, target)
+    assert report.failed == 1
+    assert count_contexts(target) == 0
+
+
+def test_a_history_that_claims_to_be_endless_costs_no_memory() -> None:
+    archive = joined(ALICE | {"messages": 10**14, "more": True, "revision": 10**15})
+    report, target = imported(archive)
+    assert (report.failed, report.copied) == (1, 0)
+    assert "cut off" in str(report.problems[0].error)
+    assert count_contexts(target) == 0
+
+
+BOMBS = {
+    "lists": b'{"context_id":"bomb","variables":{"x":[' + b"[]," * 2**24 + b"[]]}}",
+    "objects": b'{"context_id":"bomb","history":[' + b"{}," * 2**24 + b"{}]}",
+    "text": b'{"context_id":"bomb","variables":{"x":"' + b"a" * 2**27 + b'"}}',
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_archive_cannot_take_much_memory(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(joined(HEADER) + BOMBS[kind] + b"\n" + joined(ALICE), 1))
+    program = (
+        "import gzip, resource, sys\n"
+        "from agentstate import InMemoryStorage\n"
+        "from agentstate.transfer import import_contexts\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "report = import_contexts(gzip.open(sys.argv[1]), InMemoryStorage(), dry_run=True)\n"
+        "print(report.copied, report.failed, [str(each.error) for each in report.problems])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "bomb.gz"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 1 ['line 2 of the archive: it")
+    assert "67,108,864 bytes" in done.stdout or "536,870,912 bytes of memory" in done.stdout
+
+
+def test_every_line_of_an_export_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.transfer.archive._LINE_BYTES", 1000)
+    source = InMemoryStorage()
+    context = SyncConversationContext(source)
+    context.extend_history("long", [{"role": "user", "content": "x" * 300}] * 20)
+    context.extend_history("huge", [{"role": "user", "content": "x" * 3000}] * 3)
+    context.get_or_create("empty")
+    archive = exported(source)
+    assert max(map(len, archive.splitlines())) < 4000
+    report, target = imported(archive)
+    assert report.complete
+    for name in ("long", "huge", "empty"):
+        assert comparable(whole(target, name)) == comparable(whole(source, name))
+
+
+def test_what_does_not_fit_into_a_line_is_said_when_it_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.transfer.archive.LARGEST_LINE", 10_000)
+    source = InMemoryStorage()
+    context = SyncConversationContext(source)
+    context.set_variable("large", "x", "y" * 20_000)
+    context.extend_history("late", [{"role": "user", "content": "x" * n} for n in (10, 20_000)])
+    context.set_variable("small", "x", 1)
+    monkeypatch.setattr("agentstate.transfer.archive._LINE_BYTES", 100)
+    file = io.BytesIO()
+    report = export_contexts(source, file)
+    assert (report.copied, report.failed) == (1, 2)
+    assert all("copy it with migrate" in str(each.error) for each in report.problems)
+    report, target = imported(file.getvalue())
+    assert report.complete
+    assert count_contexts(target) == 1
+
+
+def test_errors_do_not_repeat_what_an_archive_holds_at_length() -> None:
+    long = "x" * 100_000
+    archive = joined({long: 1}, {"continues": long}, ALICE | {long: 1}, {"end": {"contexts": long}})
+    report, _ = imported(archive)
+    texts = [str(each.error) + each.context_id for each in report.problems] + [str(report.damage)]
+    assert len(texts) == 4
+    assert max(map(len, texts)) < 1500

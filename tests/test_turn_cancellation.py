@@ -12,6 +12,7 @@ import pytest
 
 from agentstate.aio import ConversationContext
 from agentstate.context import SyncConversationContext
+from agentstate.engine import engine_of
 from agentstate.errors import StateError, StateOutcomeUnknownError
 from agentstate.operations import Commit, Lease, Operation
 from agentstate.storage.base import Settle, StateStorage
@@ -118,9 +119,13 @@ def test_a_turn_cancelled_in_the_queue_leaves_the_holder_alone(storage: Waiting)
         context = ConversationContext(storage)
         other = ConversationContext(storage)
         async with context.turn("a") as turn:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05), other.turn("a"):
+
+            async def wait() -> None:
+                async with other.turn("a"):
                     pytest.fail("the turn is held by another")
+
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.create_task(wait()), 0.05)
             turn.set_variable("x", 1)
         assert await context.get_variables("a") == {"x": 1}
         assert storage.free()
@@ -143,7 +148,7 @@ def test_a_lease_whose_answer_was_lost_is_given_back(storage: Waiting) -> None:
 
 def test_an_interrupted_thread_gives_its_lease_back(storage: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
     context = SyncConversationContext(storage)
-    call = storage.dispatcher.call
+    call = engine_of(storage).call
 
     def interrupted(operation: Any) -> Any:
         outcome = call(operation)
@@ -151,7 +156,7 @@ def test_an_interrupted_thread_gives_its_lease_back(storage: Waiting, monkeypatc
             raise KeyboardInterrupt
         return outcome
 
-    monkeypatch.setattr(storage.dispatcher, "call", interrupted)
+    monkeypatch.setattr(engine_of(storage), "call", interrupted)
     with pytest.raises(KeyboardInterrupt), context.turn("a") as turn:
         turn.set_variable("x", 1)
     end = time.monotonic() + 5

@@ -1,8 +1,8 @@
-"""The command `agentstate`: look after conversations from a terminal or a script.
+"""The `agentstate` command: manage conversations from a terminal or a script.
 
-`main` is the console script. It stands without click and rich, which come with the extra `cli`, and says so where
-they are missing. `app` puts the commands together and turns every failure into one line and an exit code; `store` is
-the options that choose a storage; `console` is how things are shown. The other modules are one group of commands each.
+`main` is the console script. It runs without click and rich, which are optional, and says how to install them. `app`
+assembles the commands and turns every expected failure into one line on stderr and an exit code; `store` has the
+options that choose a storage; `console` formats the output. Each other module holds one group of commands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> int:
     """Run the command that the process was started with, and return its exit code."""
     try:
         try:
-            take_signals()  # at once: the imports below take long enough to be interrupted
+            take_signals()  # first: the imports below take long enough to be interrupted
             return _run()
         finally:
             leave_signals()
@@ -31,7 +31,7 @@ def main() -> int:
 def _run() -> int:
     missing = [name for name in ("click", "rich") if find_spec(name) is None]
     if missing:
-        text = f"agentstate: the command line needs {' and '.join(missing)}: pip install 'agentstate[cli]'"
+        text = f"agentstate: the command line needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         print(text, file=sys.stderr)
         return exits.USAGE
     from .app import run

@@ -1,4 +1,4 @@
-"""All commands together, and how each of them ends: with one line on stderr, if it must, and an exit code."""
+"""The group of all commands, and how a command ends: at most one line on stderr, and an exit code."""
 
 from __future__ import annotations
 
@@ -12,56 +12,75 @@ from typing import Any
 import click
 
 from ..errors import StateConfigError, StateError
+from ..version import __version__
 from . import chat, completion, contexts, doctor, exits, setup, show, skill, stats, transfers, verify
 from .completion import COMPLETION_VARIABLE
-from .console import fail, give_up, help_if_alone, prepare_streams
-from .version import own_version
+from .console import fail, give_up, help_if_alone, note, one_line, prepare_streams
 
 _NAME = "agentstate"
 
 _EXIT_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exits.MEANINGS.items())
 
 
+class _Commands(click.Group):
+    """The group of all commands. An option of a command in front of that command gets an error that says so."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name
+            if any(name in option.opts for command in self.commands.values() for option in command.params):
+                text = f"the option {name} belongs after the command: {_NAME} COMMAND {name} ..."
+                raise click.UsageError(text, ctx) from None
+            raise
+
+
 @click.group(
     name=_NAME,
+    cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=f"\b\nExit codes:\n{_EXIT_CODES}",
 )
-@click.version_option(own_version(), message="%(prog)s %(version)s")
-@click.option("-v", "--verbose", count=True, help="Log what is done to stderr; twice for every operation.")
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", count=True, help="Log to stderr; given twice, every operation.")
 @click.pass_context
 def cli(context: click.Context, verbose: int) -> None:
-    """Look after the conversations that agents remember.
+    """Manage the conversations of agents.
 
-    Commands use the storage that the configuration file names, or the one that their options choose. In a pipe,
-    tables are lines of fields with tabs between them; with --json, everything is JSON.
+    A command uses the storage that the configuration file names, or the one that its options choose. In a pipe, a
+    table is one line per row with a tab between fields; with --json, the output is JSON.
 
     \b
     Examples:
       agentstate init                          write agent_config.yaml
-      agentstate doctor                        check that state can be kept
-      agentstate list                          what is there
-      agentstate show alice                    read a conversation
+      agentstate doctor                        check the configuration and the storage
+      agentstate list                          list conversations
+      agentstate show alice                    print a conversation
       agentstate show alice --json | jq '.history[-3:]'
       agentstate migrate ./conversation_states valkey://localhost:6379
     """
     help_if_alone(context)
+    log = logging.getLogger("agentstate")
+    log.addHandler(_Log(verbose > 0))
     if verbose:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("agentstate").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
-    else:
-        logging.getLogger("agentstate").addHandler(_Warnings())
+        log.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
 
 
-class _Warnings(logging.Handler):
-    """Shows what libraries warn of as the command's own words."""
+class _Log(logging.Handler):
+    """Prints log records to stderr: warnings as messages of the command, or everything with time and level."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, everything: bool) -> None:
+        super().__init__(logging.NOTSET if everything else logging.WARNING)
+        if everything:
+            self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        fail(f"warning: {record.getMessage()}")
+        if self.formatter is None:
+            fail(f"warning: {record.getMessage()}")
+        else:
+            note(one_line(self.format(record)))
 
 
 for _module in (contexts, show, stats, transfers, setup, doctor, verify, chat, skill, completion):
@@ -73,7 +92,7 @@ for _module in (contexts, show, stats, transfers, setup, doctor, verify, chat, s
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code. Every expected failure is one line on stderr."""
+    """Run a command and return its exit code. An expected failure prints one line to stderr."""
     prepare_streams()
     code: int
     try:
@@ -108,7 +127,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         about = getattr(error, "ctx", None)
         hint = (
-            f" (see {about.command_path} --help)" if about is not None and isinstance(error, click.UsageError) else ""
+            f" (see `{about.command_path} --help`)" if about is not None and isinstance(error, click.UsageError) else ""
         )
         fail(error.format_message() + hint)
         return error.exit_code

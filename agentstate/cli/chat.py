@@ -1,4 +1,4 @@
-"""The command chat: talk to a handler. What it remembers stays between runs."""
+"""The command chat: talk to a handler in the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,26 +26,24 @@ from .store import config_option, use_config
 if TYPE_CHECKING:
     import asyncio
 
-_BYE: Final = "Goodbye!"
-
 
 class HandlerMissingError(StateError, LookupError):
-    """There is no such handler to talk to."""
+    """The handler or its module does not exist."""
 
 
 class HandlerFailedError(StateError):
-    """The handler raised an exception of its own."""
+    """The handler raised an exception."""
 
 
 @click.command()
 @click.argument("handler", metavar="MODULE:HANDLER", shell_complete=paths("file"))
 @click.argument("message", required=False)
 @config_option
+@click.option("--context-id", default="terminal", show_default=True, metavar="ID", help="The conversation to continue.")
 @click.option(
-    "--context-id", default="terminal", show_default=True, metavar="ID", help="The conversation to go on with."
+    "--user", "user_id", metavar="USER", help="The user, which the handler finds in task.metadata as user_id."
 )
-@click.option("--user", "user_id", metavar="USER", help="Who talks: the task's metadata say so as user_id.")
-@click.option("--traceback", "with_traceback", is_flag=True, help="Show where the handler failed, if it does.")
+@click.option("--traceback", "with_traceback", is_flag=True, help="Print the traceback if the handler fails.")
 def chat(
     handler: str,
     message: str | None,
@@ -54,11 +52,14 @@ def chat(
     user_id: str | None,
     with_traceback: bool,
 ) -> int:
-    """Talk to a handler in the terminal; its conversation goes on at the next run.
+    """Talk to a handler in the terminal. The next run continues the same conversation.
 
-    MODULE is a module's name or the path of a Python file; HANDLER a name in it, or one that @register_handler gave.
-    With a MESSAGE it answers that and ends. Otherwise it is a conversation, which Ctrl-D ends; in a pipe, each line is
-    a message.
+    MODULE is the name of a module or the path of a Python file, HANDLER a name in it or one given to @register_handler.
+    With a MESSAGE the handler answers that one. Otherwise messages are read until Ctrl-D; in a pipe, each line is one.
+
+    The task of the handler is an object and a mapping: task.text, task["text"] and task.input are the message,
+    task.context_id the conversation, task.id is new for each message, and task.metadata has user_id if --user is
+    given. For handlers of A2A, task.message and the only item of task.history hold the message in parts.
 
     \b
     Examples:
@@ -68,9 +69,9 @@ def chat(
     use_config(config_file)
     check_context_id(context_id)
     talk = _Talk(load_handler(handler), context_id, user_id, with_traceback)
-    import asyncio  # here, for no other command needs it
+    import asyncio  # late: no other command needs it
 
-    take_every_ctrl_c()  # it ends an answer, and not the conversation
+    take_every_ctrl_c()  # one ends an answer, not the conversation
     with asyncio.Runner() as runner:
         if message is not None:
             talk.say(runner, message)
@@ -80,19 +81,19 @@ def chat(
                 if text := line.strip():
                     talk.say(runner, text)
             return exits.OK
-        console.note(f"Conversation {context_id!r} with {handler}. Ctrl-D ends it.")
+        console.note(f"Conversation {context_id!r} with {handler}. Press Ctrl-D to end it.")
         return _converse(runner, talk)
 
 
 def _converse(runner: asyncio.Runner, talk: _Talk) -> int:
-    """Ask for messages until the end of the input. An error does not end the conversation."""
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - gives input() its editing and history
+    """Read messages until the end of the input. Errors do not end the conversation."""
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - makes input() editable
     while True:
         try:
             text = input("you> ").strip()
         except (EOFError, KeyboardInterrupt):
-            console.note(f"\n{_BYE}")
+            console.note("\nGoodbye!")
             return exits.OK
         if not text:
             continue
@@ -105,7 +106,7 @@ def _converse(runner: asyncio.Runner, talk: _Talk) -> int:
 
 
 class _Talk:
-    """A handler, and what its tasks are made from."""
+    """A handler and what its tasks are made of."""
 
     def __init__(self, handler: Callable[..., Any], context_id: str, user_id: str | None, traceback: bool) -> None:
         self.handler = handler
@@ -114,7 +115,7 @@ class _Talk:
         self.traceback = traceback
 
     def say(self, runner: asyncio.Runner, text: str) -> None:
-        """Hand a message to the handler and print its answer, as it comes."""
+        """Give a message to the handler and print its answer as it arrives."""
         try:
             result = self.handler(self._task(text))
             if inspect.isasyncgen(result):
@@ -137,7 +138,7 @@ class _Talk:
             raise HandlerFailedError(f"the handler failed: {type(error).__name__}: {error}") from error
 
     def _task(self, text: str) -> Any:
-        """A task like those of A2A: as far as handlers look at it, with the message where any of them looks."""
+        """A task with the message wherever handlers look for it, those for A2A included."""
         part = SimpleNamespace(text=text, kind="text", root=SimpleNamespace(text=text, kind="text"))
         message = SimpleNamespace(
             role="user", parts=[part], message_id=uuid.uuid4().hex, context_id=self.context_id, content=text
@@ -155,7 +156,7 @@ class _Talk:
 
 
 class Task(SimpleNamespace):
-    """What a handler is asked, as an object and as a mapping."""
+    """A task as an object and as a mapping."""
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -167,7 +168,7 @@ class Task(SimpleNamespace):
         return isinstance(name, str) and hasattr(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As a mapping's."""
+        """As of a mapping."""
         return getattr(self, name, default)
 
 
@@ -208,10 +209,10 @@ def _text(answer: Any) -> str:
 
 
 def load_handler(where: str) -> Callable[..., Any]:
-    """The handler that ``module:name`` or ``path.py:name`` names. Raises HandlerMissingError."""
+    """The handler for ``module:name`` or ``path.py:name``. Raises HandlerMissingError."""
     module_name, colon, name = where.rpartition(":")
     if not colon or not module_name or not name:
-        raise click.UsageError(f"write MODULE:HANDLER, for example my_agent.handlers:memory_assistant, not {where!r}")
+        raise click.UsageError(f"MODULE:HANDLER must be like my_agent.handlers:memory_assistant, got {where!r}")
     module = _load_module(module_name)
     found: Any = module
     for part in name.split("."):
@@ -219,7 +220,7 @@ def load_handler(where: str) -> Callable[..., Any]:
     if found is None:
         found = _registered(module, name)
     if not callable(found):
-        raise StateConfigError(f"{name!r} in {module_name} is no function: {type(found).__name__}")
+        raise StateConfigError(f"{name!r} in {module_name} must be a function, got {type(found).__name__}")
     return found  # type: ignore[no-any-return]
 
 
@@ -233,10 +234,10 @@ def _registered(module: ModuleType, name: str) -> Any:
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = get_close_matches(name, {*own, *list_handlers()}, 1)
     registered = list_handlers()
-    hint = f"registered are {', '.join(registered)}" if registered else "none is registered by @register_handler"
+    hint = f"registered are {', '.join(registered)}" if registered else "@register_handler registered none"
     if near:
         hint = f"did you mean {near[0]!r}?"
-    raise HandlerMissingError(f"there is no handler {name!r} in {module.__name__}; {hint}")
+    raise HandlerMissingError(f"there is no handler {name!r} in {module.__name__} ({hint})")
 
 
 def _load_module(name: str) -> ModuleType:
@@ -244,14 +245,14 @@ def _load_module(name: str) -> ModuleType:
         return _load_file(name)
     folder = os.getcwd()
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # a console script does not see the working directory by itself
+        sys.path.insert(0, folder)  # unlike `python -m`, a console script starts without it
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise HandlerMissingError(f"there is no module {error.name!r} here or among the installed ones") from error
+            raise HandlerMissingError(f"there is no module {error.name!r} in this folder or installed") from error
         raise _broken(name, error) from error
-    except Exception as error:  # whatever a module does when it is imported
+    except Exception as error:  # importing a module runs any code
         raise _broken(name, error) from error
 
 
@@ -261,11 +262,11 @@ def _load_file(path: str) -> ModuleType:
         raise ContextNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise StateConfigError(f"{path} is no Python file")
+        raise StateConfigError(f"{path} is not a Python file")
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # as an import does: dataclasses and pickle look it up there
+    sys.modules[file.stem] = module  # as import does: dataclasses and pickle look it up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

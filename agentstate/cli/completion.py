@@ -1,4 +1,4 @@
-"""The command completion, and what shells are offered to complete words with."""
+"""The command completion, and the candidates that shells offer to complete words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from click.shell_completion import (
 
 COMPLETION_VARIABLE: Final = "_AGENTSTATE_COMPLETE"
 
-# A shell takes what is completed as if it were typed, and ids of conversations may come from anybody.
+# A shell treats a completed word as if it had been typed, and anybody may choose the id of a conversation.
 _NEEDS_NO_QUOTES: Final = re.compile(r"[\w@%+=:,./][\w@%+=:,./-]*")
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]
@@ -26,7 +26,7 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem[
 
 @add_completion_class
 class Bash(BashComplete):
-    """For bash, which takes a colon for the end of a word: ids such as ``user:alice`` have some."""
+    """For bash, which ends words at colons: ids such as ``user:alice`` contain them."""
 
     source_template = r"""
 %(complete_func)s() {
@@ -53,13 +53,13 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 def offered(words: list[str], incomplete: str) -> list[CompletionItem[str]]:
-    """Those of some words that begin like what was typed, and mean nothing else to a shell."""
+    """The words that begin with what was typed and need no quotes in a shell."""
     fitting = (word for word in words if word.startswith(incomplete) and _NEEDS_NO_QUOTES.fullmatch(word))
     return [CompletionItem(word) for word in sorted(fitting)]
 
 
 def paths(kind: str) -> Completer:
-    """What completes names of files (`kind` is "file") or of folders ("dir")."""
+    """Completes names of files (`kind` is "file") or of folders ("dir")."""
 
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
         return [CompletionItem(incomplete, type=kind)]
@@ -68,12 +68,12 @@ def paths(kind: str) -> Completer:
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that completes commands, options and ids of conversations.
+    """Print a shell script that completes commands, options and ids of conversations.
 
-    Ids that a shell would take for something else are not offered: quote them.
+    Ids that need quotes in a shell are not completed.
 
     \b
     Examples:

@@ -17,8 +17,9 @@ from ..storage.base import StateStorage
 from ..transfer import read_contexts
 from . import console, exits
 from .console import Column
+from .lookup import not_found
 from .rows import Row, iso, row_as_json, rows_of
-from .store import FiniteNumber, Place, complete_context_id, json_option, store_options
+from .store import FiniteNumber, Place, complete_context_id, json_option, store_options, user_option
 
 # --- list -----------------------------------------------------------------------------------------------------------
 
@@ -37,22 +38,22 @@ def _known(row: Row) -> Snapshot:
 
 @click.command("list")
 @store_options
-@click.option("--user", "user_id", metavar="USER", help="Only conversations of this owner.")
+@user_option
 @click.option(
     "--sort",
     "order",
     type=click.Choice([*_ORDERS, "none"]),
     default="updated",
     show_default=True,
-    help="Newest or largest first; none prints them as they come, without waiting for all.",
+    help="Newest, longest, or by id; none prints conversations as they are read, without waiting for the last one.",
 )
-@click.option("-n", "--limit", type=click.IntRange(1), help="Only the first so many.")
+@click.option("-n", "--limit", type=click.IntRange(1), metavar="NUMBER", help="Only this many conversations.")
 @json_option
 def list_(place: Place, user_id: str | None, order: str, limit: int | None, as_json: bool) -> int:
     """List conversations.
 
     In a pipe, the fields are id, owner, messages, revision, last update and creation (both ISO 8601, UTC), and expiry.
-    With --json, one object a line.
+    With --json, one object per line.
 
     \b
     Examples:
@@ -76,7 +77,7 @@ def list_(place: Place, user_id: str | None, order: str, limit: int | None, as_j
     with place.open() as storage:
         rows = watched(rows_of(storage, user_id))
         if order != "none":
-            with console.working("looking"):
+            with console.working("reading"):
                 ordered = heapq.nsmallest(limit, rows, _ORDERS[order]) if limit else sorted(rows, key=_ORDERS[order])
             rows = iter(ordered)
         elif limit:
@@ -88,19 +89,20 @@ def list_(place: Place, user_id: str | None, order: str, limit: int | None, as_j
             _print_table(rows)
     if not seen:
         of = f" of {user_id!r}" if user_id else ""
-        console.note(f"There are no conversations{of} in {place.name}.")
+        why = "" if place.exists else ": the folder does not exist yet"
+        console.note(f"There are no conversations{of} in {place.name}{why}.")
     return exits.code_of_all(errors)
 
 
 def _print_table(rows: Iterator[Row]) -> None:
     columns = (
         Column("conversation", style="bold"),
-        Column("owner"),
+        Column("owner", optional=True),
         Column("messages", right=True),
-        Column("revision", right=True),
+        Column("revision", right=True, optional=True),
         Column("updated", right=True),
-        Column("created", right=True),
-        Column("expires", right=True),
+        Column("created", right=True, optional=True),
+        Column("expires", right=True, optional=True),
     )
     console.table(columns, (_cells(row) for row in rows))
 
@@ -122,7 +124,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-# --- clear and cleanup ----------------------------------------------------------------------------------------------
+# --- clear ----------------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -131,9 +133,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def clear(place: Place, ids: tuple[str, ...], yes: bool, as_json: bool) -> int:
-    """Delete conversations with all they hold.
+    """Delete conversations with everything in them.
 
-    Asks first; a script says --yes. The exit code is 4 if one of them was not there.
+    Asks first; a script must use --yes. The exit code is 4 if one of them does not exist.
 
     \b
     Examples:
@@ -141,28 +143,34 @@ def clear(place: Place, ids: tuple[str, ...], yes: bool, as_json: bool) -> int:
       agentstate clear --yes alice bob
     """
     names = [check_context_id(context_id) for context_id in dict.fromkeys(ids)]
+    if not yes and not console.can_ask():
+        raise click.UsageError("there is no terminal to ask on: use --yes")
     with place.open() as storage:
-        context = SyncConversationContext(storage)
         if not yes:
             _ask_before_clearing(storage, names, place)
-        gone = {context_id: context.clear_context(context_id) for context_id in names}
-    for context_id, existed in gone.items():
-        if as_json:
-            console.json_line({"context_id": context_id, "cleared": existed})
-        elif existed:
-            console.note(f"Cleared {context_id!r}.")
-        else:
-            console.fail(f"there is no conversation {context_id!r} in {place.name}")
-    return exits.OK if all(gone.values()) else exits.NOT_FOUND
+        context = SyncConversationContext(storage)
+        cleared = {context_id: context.clear_context(context_id) for context_id in names}
+        for context_id, existed in cleared.items():
+            if as_json:
+                console.json_line({"context_id": context_id, "cleared": existed})
+            elif existed:
+                console.note(f"Cleared {context_id!r}.")
+            else:
+                console.fail(str(not_found(storage, place, context_id)))
+    return exits.OK if all(cleared.values()) else exits.NOT_FOUND
 
 
 def _ask_before_clearing(storage: StateStorage, names: list[str], place: Place) -> None:
-    if not console.can_ask():
-        raise click.UsageError("nobody is there to be asked: say --yes")
-    found = read_contexts(storage, names)
+    """Ask about those that exist, if there are any."""
+    found = [each for each in read_contexts(storage, names) if each is not None]
+    if not found:
+        return
     messages = sum(each.end - each.start for each in found if isinstance(each, Snapshot))
-    what = repr(names[0]) if len(names) == 1 else f"{len(names)} conversations"
-    click.confirm(f"Delete {what} ({messages:,} messages) from {place.name}?", abort=True, err=True)
+    what = repr(names[0]) if len(names) == 1 else console.counted(len(found), "conversation")
+    console.confirm(f"Delete {what} ({console.counted(messages, 'message')}) from {place.name}?")
+
+
+# --- cleanup --------------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -170,47 +178,65 @@ def _ask_before_clearing(storage: StateStorage, names: list[str], place: Place) 
 @click.option(
     "--max-age-hours",
     type=FiniteNumber(0),
-    default=24.0,
-    show_default=True,
     metavar="HOURS",
-    help="Delete what was last written longer ago than this.",
+    help="Delete conversations whose last update is older than this (default: 24).",
 )
-@click.option("--user", "user_id", metavar="USER", help="Only conversations of this owner.")
-@click.option("--dry-run", is_flag=True, help="Only say which would be deleted.")
+@user_option
+@click.option("--dry-run", is_flag=True, help="Only print which conversations would be deleted.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
-def cleanup(place: Place, max_age_hours: float, user_id: str | None, dry_run: bool, as_json: bool) -> None:
-    """Delete conversations that nobody has written to for long.
+def cleanup(
+    place: Place, max_age_hours: float | None, user_id: str | None, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Delete conversations that were not written to recently.
 
-    Each is deleted only if it is still that old at that moment, so this can run beside the agents, from cron for
-    example.
+    On a terminal it asks first; a script must use --max-age-hours or --yes. A conversation is deleted only if it is
+    still that old at the moment of its deletion, so this can run while agents do, for example from cron.
 
     \b
     Examples:
+      agentstate cleanup --dry-run
       agentstate cleanup --max-age-hours 720
-      agentstate cleanup --dry-run --json
     """
+    hours = _DEFAULT_AGE if max_age_hours is None else max_age_hours
+    if max_age_hours is None and not (yes or dry_run or console.can_ask()):
+        raise click.UsageError("there is no terminal to ask on: use --max-age-hours HOURS, or --yes for 24 hours")
     with place.open() as storage:
         if dry_run:
-            _list_idle(storage, max_age_hours, user_id, as_json)
+            _print_idle(storage, hours, user_id, as_json)
             return
-        with console.working("cleaning up"):
-            deleted = SyncConversationContext(storage, user_id=user_id).cleanup_old_contexts(max_age_hours)
+        if not yes and console.can_ask():
+            with console.working("reading"):
+                count = sum(1 for _ in _idle(storage, hours, user_id))
+            if count:
+                what = console.counted(count, "conversation")
+                console.confirm(f"Delete {what} not written to for {hours:g} hours from {place.name}?")
+        with console.working("deleting"):
+            deleted = SyncConversationContext(storage, user_id=user_id).cleanup_old_contexts(hours)
     if as_json:
         console.json_line({"deleted": deleted})
     else:
         console.note(f"Deleted {console.counted(deleted, 'conversation')} from {place.name}.")
 
 
-def _list_idle(storage: StateStorage, max_age_hours: float, user_id: str | None, as_json: bool) -> None:
-    count = 0
-    oldest = time.time() * 1_000_000 - max_age_hours * 3600e6
+_DEFAULT_AGE: Final = 24.0
+
+
+def _idle(storage: StateStorage, hours: float, user_id: str | None) -> Iterator[Row]:
+    oldest = time.time() * 1_000_000 - hours * 3600e6
     for row in rows_of(storage, user_id):
         if isinstance(row.snapshot, Snapshot) and row.snapshot.updated <= oldest:
-            count += 1
-            if as_json:
-                console.json_line(row_as_json(row))
-            else:
-                console.line(console.one_line(row.context_id))
+            yield row
+
+
+def _print_idle(storage: StateStorage, hours: float, user_id: str | None, as_json: bool) -> None:
+    count = 0
+    for row in _idle(storage, hours, user_id):
+        count += 1
+        if as_json:
+            console.json_line(row_as_json(row))
+        else:
+            console.line(console.one_line(row.context_id))
     if not as_json:
         console.note(f"{console.counted(count, 'conversation')} would be deleted.")
 

@@ -1,13 +1,13 @@
-"""The command doctor: is everything there that state needs, and does it work?"""
+"""The command doctor: check the configuration and the storage."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+from uuid import uuid4
 
 import click
 
@@ -17,30 +17,29 @@ from ..operations import Query, Snapshot
 from ..registry import read_config
 from ..storage.base import StateStorage
 from ..transfer import pages_of_ids, read_contexts
+from ..version import __version__
 from . import console, exits
-from .doctor_file import look_at_folder
+from .doctor_file import look_at_folder, remove_log
 from .doctor_valkey import advice_on_connecting, look_at_servers
 from .findings import Finding, note, ok, problem, warning
 from .store import Place, chosen_place, json_option, store_options_unread, use_config
-from .version import own_version
 
-_PROBES: Final = 20
+_REPEATED: Final = 20
 _SLOW: Final = 0.25  # seconds
-_LOOK_FOR: Final = 3.0  # seconds, for damage
+_READ_FOR: Final = 3.0  # seconds, looking for damage
 _MARKS: Final = {"ok": ("✔", "+", "green"), "note": ("·", "-", "dim"), "warning": ("!", "!", "yellow")}
 _PROBLEM_MARK: Final = ("✘", "x", "bold red")
 
 
 @click.command()
 @store_options_unread
-@click.option("--strict", is_flag=True, help="Fail for warnings too.")
-@click.option("--read-only", is_flag=True, help="Write nothing: no conversation is made to try the storage.")
+@click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
+@click.option("--read-only", is_flag=True, help="Do not write a conversation to the storage to test it.")
 @json_option
 def doctor(chosen: dict[str, Any], strict: bool, read_only: bool, as_json: bool) -> int:
-    """Check that state can be kept: configuration, storage, durability, permissions, speed.
+    """Check the configuration and the storage: permissions, durability, speed, damage.
 
-    Writes, reads and deletes a conversation of its own in the configured storage. The exit code is 1 if there is a
-    problem.
+    Writes, reads and deletes a test conversation in the configured storage. The exit code is 1 if there is a problem.
 
     \b
     Examples:
@@ -49,7 +48,7 @@ def doctor(chosen: dict[str, Any], strict: bool, read_only: bool, as_json: bool)
       agentstate doctor --json | jq -r '.findings[] | select(.level == "problem").text'
     """
     found: list[Finding] = []
-    logging.getLogger("agentstate").setLevel(logging.CRITICAL)  # what is wrong is said here, and once
+    logging.getLogger("agentstate").setLevel(logging.CRITICAL)  # reported below instead
     for finding in _examine(chosen, read_only):
         found.append(finding)
         if not as_json:
@@ -68,7 +67,7 @@ def doctor(chosen: dict[str, Any], strict: bool, read_only: bool, as_json: bool)
 
 def _summary(bad: int, warned: int) -> str:
     if not bad and not warned:
-        return "Everything is fine."
+        return "No problems found."
     counts = ((bad, "problem"), (warned, "warning"))
     parts = [console.counted(count, word) for count, word in counts if count]
     return " and ".join(parts) + " found."
@@ -81,20 +80,22 @@ def _print(finding: Finding) -> None:
     except UnicodeEncodeError:
         mark = plain_mark
     if not console.on_terminal():
-        console.line(f"{finding.level}\t{finding.subject}\t{console.one_line(finding.text)}\t{finding.advice}")
+        console.line(
+            f"{finding.level}\t{finding.subject}\t{console.one_line(finding.text)}\t{console.one_line(finding.advice)}"
+        )
         return
     console.line(f"{mark} ", style, end="")
     console.line(f"{finding.subject:<14} ", "bold", end="")
     console.line(console.one_line(finding.text))
     if finding.advice:
-        console.line(f"{'':17}{finding.advice}", style)
+        console.line(f"{'':17}{console.one_line(finding.advice)}", style)
 
 
 # --- the examination ------------------------------------------------------------------------------------------------
 
 
 def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
-    yield ok("version", f"agentstate {own_version()}, Python {sys.version.split()[0]} on {sys.platform}")
+    yield ok("version", f"agentstate {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
     try:
         use_config(chosen["config_file"])
         config = read_config()
@@ -103,24 +104,29 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
             yield problem("configuration", text)
         return
     if config.source is None:
-        yield note("configuration", "there is no configuration file: the defaults hold", "agentstate init writes one")
+        yield note("configuration", "no configuration file: the defaults apply", "`agentstate init` writes one")
     else:
         yield ok("configuration", f"{config.source}, section {config.section or '(none)'}")
     if not config.enabled:
         yield warning("configuration", "state management is switched off: `enabled: false`", "handlers get no context")
     try:
         place = chosen_place(chosen)
-        with place.open(shared=False) as storage:
-            yield ok("storage", f"{place.backend}: {place.name}")
-            yield from _examine_storage(place, storage, read_only)
+        yield ok("storage", f"{place.backend}: {place.name}")
+        test_id = f"agentstate-doctor-{uuid4().hex}"
+        with place.open(shared=False, may_be_new=True) as storage:
+            yield from _examine_storage(place, storage, None if read_only else test_id)
+        if place.backend == "file":
+            remove_log(place.name, test_id)
     except StateConfigError as error:
         for text in error.problems or [str(error)]:
             yield problem("storage", text)
+    except StateUnavailableError as error:
+        yield problem("connection", str(error), advice_on_connecting(error))
 
 
-def _examine_storage(place: Place, storage: StateStorage, read_only: bool) -> Iterator[Finding]:
+def _examine_storage(place: Place, storage: StateStorage, test_id: str | None) -> Iterator[Finding]:
     if place.backend == "memory":
-        yield note("durability", "what is in memory is forgotten when the process ends", "for tests and trials")
+        yield note("durability", "memory is lost when the process ends", "use it for tests only")
     elif place.backend == "file":
         yield from look_at_folder(storage, place.options)
     elif place.backend == "valkey":
@@ -132,75 +138,75 @@ def _examine_storage(place: Place, storage: StateStorage, read_only: bool) -> It
             return
     if storage.ttl is None and place.backend == "valkey":
         yield warning(
-            "ttl", "conversations are kept forever, and so may fill the server's memory", "add a line like `ttl: 7200`"
+            "ttl", "conversations never expire and may fill the memory of the server", "set for example `ttl: 7200`"
         )
     elif storage.ttl is not None:
-        yield ok("ttl", f"a conversation expires {console.duration_text(storage.ttl)} after its last write")
-    if not read_only:
-        yield from _try_out(storage)
+        yield ok("ttl", f"conversations expire {console.duration_text(storage.ttl)} after their last write")
+    if test_id is not None:
+        yield from _try_out(storage, test_id)
     yield from _look_for_damage(storage)
     repeated = storage.statistics().attempts_repeated
     if repeated:
         yield warning(
             "retries",
-            f"{console.counted(repeated, 'operation')} of this check had to be tried again",
-            "the server or the way to it is unsteady",
+            f"{console.counted(repeated, 'operation')} of this check had to be retried",
+            "the server or the network is unreliable",
         )
 
 
-# --- trying it out --------------------------------------------------------------------------------------------------
+# --- the test conversation ------------------------------------------------------------------------------------------
 
 
-def _try_out(storage: StateStorage) -> Iterator[Finding]:
-    """Do with a conversation of our own what handlers do, and say how long it takes."""
+def _try_out(storage: StateStorage, test_id: str) -> Iterator[Finding]:
+    """Do what handlers do with a conversation of our own, and measure it."""
     context = SyncConversationContext(storage)
-    # Few names, for the commit ids of a cleared conversation stay for a while; and several, for others may do this too.
-    probe = f"agentstate-doctor-{os.getpid() % 8}"
     try:
-        yield from _round_trip(context, probe)
-        yield _timed("append", lambda number: context.add_to_history(probe, "user", f"message {number}"))
-        yield _timed("read", lambda number: context.get_history(probe, limit=10))
-        yield _timed("variable", lambda number: context.increment_variable(probe, "count"))
-        yield from _turn(context, probe)
+        yield from _round_trip(context, test_id)
+        yield _timed("append", lambda number: context.add_to_history(test_id, "user", f"message {number}"))
+        yield _timed("read", lambda number: context.get_history(test_id, limit=10))
+        yield _timed("variable", lambda number: context.increment_variable(test_id, "count"))
+        yield from _turn(context, test_id)
     except StateError as error:
         yield problem("operations", str(error), _advice_on(error))
     finally:
         try:
-            context.clear_context(probe)
+            context.clear_context(test_id)
         except StateError as error:
-            yield problem("operations", f"the conversation {probe!r} of this check could not be deleted: {error}")
+            yield problem("operations", f"the test conversation {test_id!r} could not be deleted: {error}")
 
 
-def _round_trip(context: SyncConversationContext, probe: str) -> Iterator[Finding]:
+def _round_trip(context: SyncConversationContext, test_id: str) -> Iterator[Finding]:
     value = {"text": "tea é 漢 😀", "number": 2**70, "list": [1.5, None, True, {}]}
-    context.set_variable(probe, "value", value)
-    if context.get_variable(probe, "value") != value:
-        yield problem("operations", "what was read is not what was written", "is another program writing here?")
+    context.set_variable(test_id, "value", value)
+    if context.get_variable(test_id, "value") != value:
+        yield problem(
+            "operations", "the value read differs from the value written", "does another program write to it?"
+        )
     else:
-        yield ok("operations", "writes, reads it back, deletes")
+        yield ok("operations", "write, read and delete work")
     storage = context.storage
-    found: Any = storage.call(Query(probe, deadline=time.monotonic() + storage.deadline))
+    found: Any = storage.call(Query(test_id, deadline=time.monotonic() + storage.deadline))
     if storage.ttl is not None and isinstance(found, Snapshot) and found.expires is None:
-        yield problem("ttl", "the storage does not let conversations expire, although a ttl is set")
+        yield problem("ttl", "a ttl is set, but the test conversation does not expire")
 
 
-def _turn(context: SyncConversationContext, probe: str) -> Iterator[Finding]:
+def _turn(context: SyncConversationContext, test_id: str) -> Iterator[Finding]:
     began = time.perf_counter()
-    with context.turn(probe) as turn:
+    with context.turn(test_id) as turn:
         turn.set_variable("turn", True)
-    yield ok("turn", f"taken and given back in {_milliseconds(time.perf_counter() - began)}")
+    yield ok("turn", f"begun and ended in {_milliseconds(time.perf_counter() - began)}")
 
 
 def _timed(name: str, operation: Callable[[int], object]) -> Finding:
     seconds = []
-    for number in range(_PROBES):
+    for number in range(_REPEATED):
         began = time.perf_counter()
         operation(number)
         seconds.append(time.perf_counter() - began)
-    median = sorted(seconds)[_PROBES // 2]
-    text = f"{_milliseconds(median)} in the middle of {_PROBES}, {_milliseconds(max(seconds))} at most"
+    median = sorted(seconds)[_REPEATED // 2]
+    text = f"median {_milliseconds(median)} of {_REPEATED}, max {_milliseconds(max(seconds))}"
     if median > _SLOW:
-        return warning(name, text, "that is slow: each message takes several such operations")
+        return warning(name, text, "this is slow: a message takes several of these operations")
     return ok(name, text)
 
 
@@ -212,12 +218,12 @@ def _advice_on(error: StateError) -> str:
     return advice_on_connecting(error) if isinstance(error, StateUnavailableError) else ""
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# --- what is stored -------------------------------------------------------------------------------------------------
 
 
 def _look_for_damage(storage: StateStorage) -> Iterator[Finding]:
-    """Read the heads of conversations for some seconds."""
-    end = time.monotonic() + _LOOK_FOR
+    """Read conversations without their messages, for some seconds."""
+    end = time.monotonic() + _READ_FOR
     seen = 0
     complete = True
     damaged: list[str] = []
@@ -236,15 +242,15 @@ def _look_for_damage(storage: StateStorage) -> Iterator[Finding]:
             if not complete:
                 break
     except StateError as error:
-        yield problem("conversations", f"they cannot be listed: {error}")
+        yield problem("conversations", f"cannot be listed: {error}")
         return
-    for texts, advice in ((damaged, "agentstate verify tells which, and --repair saves what is intact"), (refused, "")):
+    for texts, advice in ((damaged, "`agentstate verify --repair` saves what is intact"), (refused, "")):
         for text in texts[:5]:
             yield problem("conversations", text, advice)
         if len(texts) > 5:
-            yield problem("conversations", f"and {len(texts) - 5:,} more like these", advice)
+            yield problem("conversations", f"and {len(texts) - 5:,} more of these", advice)
     if not damaged and not refused:
-        yield ok("conversations", f"{seen:,} {'can be' if complete else 'of them looked at, all can be'} read")
+        yield ok("conversations", f"{seen:,} read{'' if complete else f' in {_READ_FOR:g} s (of more)'}, none damaged")
 
 
 COMMANDS = (doctor,)

@@ -1,4 +1,4 @@
-"""What doctor looks at in the folder of the file storage."""
+"""The checks of doctor on the folder of the file storage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Final
 
@@ -25,7 +26,8 @@ _NETWORK: Final = frozenset(
 _VOLATILE: Final = frozenset(("tmpfs", "ramfs"))
 _OWN_FOLDERS: Final = (".locks", ".leases")
 _LITTLE_SPACE: Final = 100 * 1000 * 1000
-_LOOK_AT: Final = 200_000
+_MOST_FILES: Final = 200_000
+"""How many names of files are checked."""
 
 
 def look_at_folder(storage: StateStorage, options: dict[str, Any]) -> Iterator[Finding]:
@@ -39,7 +41,7 @@ def look_at_folder(storage: StateStorage, options: dict[str, Any]) -> Iterator[F
         yield problem("folder", f"{path}: {error.strerror}", "let this user read and write it")
         return
     if not stat.S_ISDIR(status.st_mode):
-        yield problem("folder", f"{path} is no folder", "set storage_dir to one")
+        yield problem("folder", f"{path} is not a folder", "set storage_dir to a folder")
         return
     yield from _permissions(path, status)
     yield from _disk(path)
@@ -52,50 +54,54 @@ def _look_at_parent(path: str) -> Iterator[Finding]:
     while not os.path.exists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        yield problem("folder", f"{path} cannot be made: {parent} is no folder", "set storage_dir to another place")
+        yield problem(
+            "folder", f"{path} cannot be created: {parent} is not a folder", "set storage_dir to another folder"
+        )
     elif not os.access(parent, os.W_OK | os.X_OK):
-        yield problem("folder", f"{path} cannot be made: {parent} is not writable", "let this user write there")
+        yield problem(
+            "folder", f"{path} cannot be created: {parent} is not writable", "give this user write permission"
+        )
     else:
-        yield note("folder", f"{path} is not there yet, and is made with the first conversation")
+        yield note("folder", f"{path} does not exist yet: the first write creates it")
         yield from _disk(parent)
 
 
 def _permissions(path: str, status: os.stat_result) -> Iterator[Finding]:
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        yield problem("folder", f"{path} is not readable and writable for this user", "chown or chmod it")
+        yield problem("folder", f"{path} is not readable and writable for this user", "change its owner or mode")
         return
     mode = stat.S_IMODE(status.st_mode)
     if os.name != "nt" and mode & 0o077:
-        yield warning("folder", f"{path} is open to other users (mode {mode:o})", f"chmod 700 {path}")
+        yield warning("folder", f"{path} is accessible to other users (mode {mode:o})", f"chmod 700 {path}")
     else:
-        yield ok("folder", f"{path} is readable and writable" + ("" if os.name == "nt" else ", and closed to others"))
+        yield ok("folder", f"{path} is readable and writable" + ("" if os.name == "nt" else ", for this user only"))
 
 
 def _disk(path: str) -> Iterator[Finding]:
     kind = _file_system_of(path)
     if kind in _NETWORK:
         yield problem(
-            "file system", f"{path} is on {kind}, a network file system, whose locks cannot be relied on",
+            "file system", f"{path} is on {kind}, a network file system, whose locks are not reliable",
             "use a local disk, or Valkey to share conversations between machines",
         )  # fmt: skip
     elif kind in _VOLATILE:
-        yield warning("file system", f"{path} is on {kind}: it is forgotten when the machine stops", "use a disk")
+        yield warning("file system", f"{path} is on {kind}, which is lost when the machine stops", "use a disk")
     elif kind:
-        yield ok("file system", f"{kind}, on this machine")
+        yield ok("file system", f"{kind}, a local file system")
     if not hasattr(os, "statvfs"):
         return
     disk = os.statvfs(path)
     free = disk.f_bavail * disk.f_frsize
     if free < _LITTLE_SPACE:
-        yield problem("space", f"only {console.size_text(free)} are free", "free some space on that disk")
+        yield problem("space", f"only {console.size_text(free)} free", "free some space on this disk")
     elif disk.f_files and disk.f_favail < 1000:
-        yield problem("space", f"only {disk.f_favail:,} files more fit on that disk (inodes)", "delete some files")
+        yield problem("space", f"only {disk.f_favail:,} free inodes", "delete some files on this disk")
     else:
-        yield ok("space", f"{console.size_text(free)} are free")
+        yield ok("space", f"{console.size_text(free)} free")
 
 
 def _file_system_of(path: str) -> str:
-    """The kind of the file system that holds a folder, as Linux names it; "" elsewhere."""
+    """The type of the file system of a folder, as Linux names it; "" on other systems."""
     if sys.platform != "linux":
         return ""
     real = os.path.realpath(path)
@@ -116,14 +122,14 @@ def _file_system_of(path: str) -> str:
 def _durability(options: dict[str, Any]) -> Iterator[Finding]:
     fsync = options.get("fsync", "always")
     if fsync == "always":
-        yield ok("durability", "what a call acknowledged survives power loss (fsync: always)")
+        yield ok("durability", "acknowledged writes survive power loss (fsync: always)")
     else:
-        lost = "the last second" if fsync == "everysec" else "what the system had not written yet"
-        yield note("durability", f"a power cut may lose {lost} (fsync: {fsync})")
+        lost = "the last second of writes" if fsync == "everysec" else "writes that the system has not flushed"
+        yield note("durability", f"power loss may lose {lost} (fsync: {fsync})")
 
 
 def _is_unicode(name: str) -> bool:
-    """Whether a name could be one of ours: others' may be any bytes."""
+    """Whether a name is valid Unicode, as all of ours are."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -135,7 +141,7 @@ def _files(path: str, layout: str) -> Iterator[Finding]:
     logs = documents = adopted = unfinished = 0
     foreign: list[str] = []
     both: list[str] = []
-    for name in islice(FileSystem.names(path), _LOOK_AT):
+    for name in islice(FileSystem.names(path), _MOST_FILES):
         if not _is_unicode(name):
             foreign.append(name)
         elif name.endswith(".jsonl"):
@@ -153,21 +159,36 @@ def _files(path: str, layout: str) -> Iterator[Finding]:
             foreign.append(name)
     for stem in both[:5]:
         yield problem(
-            "files", f"{stem}.json appeared beside the converted log of {stem!r}",
-            "stop AgentUp, and keep one of the two: it and layout: log cannot share a folder",
+            "files", f"another program wrote {stem}.json, although {stem!r} was converted to a log",
+            "stop AgentUp, which cannot share a folder with layout: log, and keep one of the two files",
         )  # fmt: skip
     if layout == "log" and documents > len(both):
-        yield note("files", f"{documents - len(both):,} documents by AgentUp, each converted with its first write")
+        yield note(
+            "files",
+            f"{console.counted(documents - len(both), 'document')} of AgentUp, converted by the first write to each",
+        )
     if layout == "document" and logs:
         yield problem(
-            "files", f"{logs:,} conversations are logs, which layout: document does not read",
-            "use layout: log, or agentstate migrate them to another folder",
+            "files", f"{console.counted(logs, 'conversation')} stored as logs, which layout: document does not read",
+            "use layout: log, or copy them with `agentstate migrate`",
         )  # fmt: skip
     if adopted:
-        kept = f"{adopted:,} documents that were converted (.adopted)"
-        yield note("files", kept, "a backup; delete them if you like")
+        kept = f"{console.counted(adopted, 'document')} of AgentUp that were converted (.adopted)"
+        yield note("files", kept, "a backup that may be deleted")
     if unfinished:
-        yield note("files", f"{unfinished:,} unfinished files of killed processes", "cleanup removes them")
+        yield note(
+            "files",
+            f"{console.counted(unfinished, 'unfinished file')} of killed processes",
+            "`agentstate cleanup` removes them",
+        )
     if foreign:
         names = ", ".join(sorted(foreign)[:3])
-        yield note("files", f"{len(foreign):,} files of other programs ({names})", "they are left alone")
+        yield note(
+            "files", f"{console.counted(len(foreign), 'file')} of other programs ({names})", "they are not touched"
+        )
+
+
+def remove_log(folder: str, context_id: str) -> None:
+    """Remove the log of a cleared conversation, which remembers commit ids for retries that nobody will make."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, f"{file_stem(context_id)}.jsonl"))

@@ -1,4 +1,4 @@
-"""What doctor looks at in Valkey."""
+"""The checks of doctor on a Valkey server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import console
 from .findings import Finding, note, ok, problem, warning
 
 _KEYS: Final = 2000
-"""How many keys are looked at."""
+"""How many keys are checked."""
 
 _OLDEST: Final = (7, 2)
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1", "")
@@ -48,14 +48,17 @@ def advice_on_connecting(error: StateError) -> str:
 
 
 _ADVICE: Final = (
-    (("wrongpass", "refuses the user"), "check user and password: valkey://user:password@host"),
-    (("noauth", "asks for a password"), "put it into the url, valkey://:password@host, or into `password:`"),
-    (("refused",), "is the server running, on that port? valkey-server starts one"),
-    (("name or service", "resolve", "getaddrinfo", "nodename"), "check the host's name in the url"),
-    (("certificate", "ssl", "tls"), "valkeys:// is for a server that speaks TLS; ssl_ca_certs names its authority"),
+    (("wrongpass", "refuses the user"), "check the user and the password: valkey://user:password@host"),
+    (("noauth", "asks for a password"), "set it in the url, valkey://:password@host, or as `password:`"),
+    (("refused",), "is the server running on this port? `valkey-server` starts one"),
+    (("name or service", "resolve", "getaddrinfo", "nodename"), "check the name of the host in the url"),
+    (
+        ("certificate", "ssl", "tls"),
+        "valkeys:// is for a server with TLS; ssl_ca_certs names its certificate authority",
+    ),
     (
         ("timed out", "deadline", "unreachable", "no route"),
-        "is the host reachable from here, past all firewalls?",
+        "is the host reachable from here, firewalls included?",
     ),
     (("no such file",), "check the path of the socket in the url"),
     (("noperm", "permission"), "give the user these permissions with ACL SETUSER"),
@@ -69,12 +72,12 @@ def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: 
     info = pool.ask(deadline, *(command("INFO", part) for part in ("server", "memory", "replication")))
     server, memory, replication = info
     version = (info_field(server, b"valkey_version") or info_field(server, b"redis_version")).decode()
-    name = "Valkey" if info_field(server, b"valkey_version") else "Redis or its kin"
+    name = "Valkey" if info_field(server, b"valkey_version") else "Redis or a compatible server"
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers and numbers < _OLDEST:
-        yield problem("server", f"{name} {version} is older than 7.2", "update it")
+        yield problem("server", f"{name} {version} is older than 7.2", "upgrade it")
     else:
-        yield ok("server", f"{name} {version or '(it does not tell its version)'}")
+        yield ok("server", f"{name} {version or '(unknown version)'}")
     yield _round_trips(pool, deadline)
     yield from _transport(str(options.get("url", "")))
     connection = pool.acquire(deadline)
@@ -85,9 +88,11 @@ def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: 
         raise
     pool.release(connection)
     for danger in dangers:
-        yield problem("durability", danger, "strict: true refuses such a server")
+        yield problem("durability", danger, "`strict: true` refuses such a server")
     if not dangers:
-        yield ok("durability", "the server evicts nothing of ours, and keeps its data on disk as far as it tells")
+        yield ok(
+            "durability", "the server does not evict conversations and, as far as it reports, stores its data on disk"
+        )
     yield from _replicas(replication, storage, options)
     yield from _memory(memory)
     yield from _keys(pool, storage.key_prefix, deadline)
@@ -101,7 +106,7 @@ def _round_trips(pool: Any, deadline: float) -> Finding:
         began = time.perf_counter()
         pool.ask(deadline, command("PING"))
         seconds.append(time.perf_counter() - began)
-    return ok("connection", f"a round trip takes {sorted(seconds)[10] * 1000:.2f} ms")
+    return ok("connection", f"round trip: median {sorted(seconds)[10] * 1000:.2f} ms of {len(seconds)}")
 
 
 def _transport(url: str) -> Iterator[Finding]:
@@ -113,19 +118,21 @@ def _transport(url: str) -> Iterator[Finding]:
         return
     if local or parts.scheme.startswith(("valkeys", "rediss")):
         return
-    what = "password and conversations travel" if secret else "conversations travel"
-    yield warning("transport", f"{what} unencrypted to another machine", "use valkeys:// if the network is not yours")
+    what = "password and conversations are" if secret else "conversations are"
+    yield warning(
+        "transport", f"{what} sent unencrypted to another machine", "use valkeys:// unless the network is trusted"
+    )
 
 
 def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Iterator[Finding]:
     from ..storage.valkey.risks import info_field
 
     if info_field(replication, b"role") == b"slave":
-        yield problem("server", "it is a replica, and takes no writes", "give the url of the primary")
+        yield problem("server", "this is a replica, which refuses writes", "use the url of the primary")
     connected = int(info_field(replication, b"connected_slaves") or 0)
     wanted = int(options.get("min_replicas") or 0)
     if wanted > connected:
-        yield problem("replicas", f"{connected} of the {wanted} that min_replicas asks for are connected")
+        yield problem("replicas", f"{connected} connected, min_replicas needs {wanted}")
     elif connected:
         yield ok("replicas", f"{connected} connected")
 
@@ -135,17 +142,17 @@ def _memory(memory: object) -> Iterator[Finding]:
 
     used, limit = int(info_field(memory, b"used_memory") or 0), int(info_field(memory, b"maxmemory") or 0)
     if limit and used > 0.9 * limit:
-        yield problem("memory", f"{console.size_text(used)} of {console.size_text(limit)} are used", "raise maxmemory")
+        yield problem("memory", f"{console.size_text(used)} of {console.size_text(limit)} used", "raise maxmemory")
     elif used:
-        of = f" of {console.size_text(limit)}" if limit else ", without a limit (maxmemory)"
-        yield ok("memory", f"{console.size_text(used)} are used{of}")
+        of = f" of {console.size_text(limit)}" if limit else ", no limit (maxmemory)"
+        yield ok("memory", f"{console.size_text(used)} used{of}")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
 def _keys(pool: Any, prefix: str, deadline: float) -> Iterator[Finding]:
-    """Look at keys under the prefix: whose are they?"""
+    """Check which programs the keys under the prefix belong to."""
     from ..storage.valkey.wire import ServerError, command
 
     space = KeySpace(prefix)
@@ -154,7 +161,7 @@ def _keys(pool: Any, prefix: str, deadline: float) -> Iterator[Finding]:
     while len(found) < _KEYS and time.monotonic() < deadline - 1:
         reply = pool.ask(deadline, command("SCAN", cursor, "MATCH", space.pattern(), "COUNT", 1000))[0]
         if isinstance(reply, ServerError):
-            yield warning("keys", f"they cannot be listed: {reply}", "allow SCAN to this user")
+            yield warning("keys", f"cannot be listed: {reply}", "allow the command SCAN for this user")
             return
         cursor, keys = reply
         found += keys
@@ -180,12 +187,16 @@ def _keys(pool: Any, prefix: str, deadline: float) -> Iterator[Finding]:
             counts["foreign"] += 1
             example = example or name
     if counts["documents"]:
-        yield note("keys", f"{counts['documents']:,} documents by AgentUp", "the first write to each converts it")
+        yield note(
+            "keys",
+            f"{console.counted(counts['documents'], 'document')} of AgentUp",
+            "the first write to each converts it",
+        )
     if counts["foreign"]:
         yield warning(
             "keys",
-            f"{counts['foreign']:,} keys under {prefix!r} are of another program or prefix, like {example!r}",
-            "they are left alone; a key_prefix of its own keeps them apart",
+            f"{console.counted(counts['foreign'], 'key')} under {prefix!r} of other programs, such as {example!r}",
+            "they are not touched; a key_prefix of its own keeps them apart",
         )
 
 

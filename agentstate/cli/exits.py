@@ -1,4 +1,4 @@
-"""Exit codes: a script may rely on them."""
+"""Exit codes, which scripts can rely on."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TERMINATED: Final = 143
 MEANINGS: Final = {
     OK: "done",
     PROBLEM: "a problem was found, or something could not be done",
-    USAGE: "the command or the configuration is wrong",
-    UNAVAILABLE: "the store cannot be reached, or did not answer in time",
-    NOT_FOUND: "there is no such conversation, file or handler",
-    REFUSED: "refused: something is there already, belongs to somebody else, or is not what it must be",
-    CORRUPTED: "what is stored, or the archive, is damaged",
+    USAGE: "the command or the configuration is invalid",
+    UNAVAILABLE: "the storage cannot be reached, or did not answer in time",
+    NOT_FOUND: "the conversation, folder, file or handler does not exist",
+    REFUSED: "refused: it exists already, belongs to another user, or is not what was expected",
+    CORRUPTED: "the storage or the archive is damaged",
     INTERRUPTED: "interrupted by Ctrl-C",
-    PIPE_CLOSED: "whoever read the output went away",
+    PIPE_CLOSED: "the reader of the output closed the pipe",
     TERMINATED: "terminated by a signal",
 }
 
@@ -52,16 +52,16 @@ _CODES: Final = (
     (StateConflictError, REFUSED),
     (StateAccessError, REFUSED),
     (StateSerializationError, REFUSED),
-    (LookupError, NOT_FOUND),  # a handler that is not registered
+    (LookupError, NOT_FOUND),  # an unknown handler
 )
 
 
 def code_of_all(errors: Iterable[StateError]) -> int:
-    """The exit code that stands for all of some errors."""
+    """The exit code for several errors: that of each, or PROBLEM where they differ."""
     codes = {code_of(error) for error in errors} or {OK}
     return codes.pop() if len(codes) == 1 else PROBLEM
 
 
 def code_of(error: StateError) -> int:
-    """The exit code that stands for an error."""
+    """The exit code for an error."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), PROBLEM)

@@ -1,4 +1,4 @@
-"""What doctor finds."""
+"""The findings of doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: fine, worth knowing, risky, or wrong. `advice` is what to do about it."""
+    """The result of one check. `advice` is what to do about it."""
 
     level: Literal["ok", "note", "warning", "problem"]
     subject: str

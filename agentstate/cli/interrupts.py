@@ -1,7 +1,6 @@
-"""How a command ends when it is asked to: by Ctrl-C, by `kill`, by a terminal that closes.
+"""Ending a command by a signal: Ctrl-C, `kill`, or a terminal that closes.
 
-The first request is an exception, so that what is under way cleans up after itself. A second one ends the process at
-once, whatever that is doing: nobody has to wait for a command that does not come to its end.
+The first signal raises an exception, so that the command cleans up. A second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -14,72 +13,72 @@ from typing import Final
 # Windows has no SIGHUP.
 _NUMBERS: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-_waits = False
-_waiting: list[int] = []
+_deferred = False
+_received: list[int] = []
 
 
 class Terminated(BaseException):
-    """The process was asked to end, and not by Ctrl-C, which is a KeyboardInterrupt as everywhere."""
+    """SIGTERM or SIGHUP was received. (SIGINT raises KeyboardInterrupt.)"""
 
 
 def take_signals() -> None:
-    """Let the signals that ask a process to end be exceptions in its main thread.
+    """Raise exceptions in the main thread for SIGINT, SIGTERM and SIGHUP.
 
-    But those that whoever started it wants ignored: `nohup` does so.
+    A signal that the parent process ignores stays ignored, as `nohup` wants it.
     """
     for number in _NUMBERS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _asked)
+            signal.signal(number, _on_signal)
 
 
 def leave_signals() -> None:
-    """Let them end the process at once, without a word."""
+    """Let these signals end the process at once, which is their default."""
     for number in _NUMBERS:
-        if signal.getsignal(number) in (_asked, signal.default_int_handler):
+        if signal.getsignal(number) in (_on_signal, signal.default_int_handler):
             signal.signal(number, signal.SIG_DFL)
 
 
 def take_every_ctrl_c() -> None:
-    """Let each Ctrl-C be a KeyboardInterrupt, as Python itself does, which is what asyncio waits for."""
-    if signal.getsignal(signal.SIGINT) == _asked:
+    """Raise KeyboardInterrupt for every Ctrl-C, by the handler of Python itself, which asyncio looks for."""
+    if signal.getsignal(signal.SIGINT) == _on_signal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def undisturbed() -> AbstractContextManager[None]:
-    """For what must be done as a whole: requests to end wait until the block is left."""
-    return _waiting_for_requests(True)
+    """A block that must be completed: signals take effect when it is left."""
+    return _deferring(True)
 
 
 def disturbed() -> AbstractContextManager[None]:
-    """For the part of an undisturbed block that takes long: requests to end are heeded in it."""
-    return _waiting_for_requests(False)
+    """A part of an undisturbed block that takes long: signals take effect in it."""
+    return _deferring(False)
 
 
 @contextmanager
-def _waiting_for_requests(waits: bool) -> Iterator[None]:
-    global _waits
-    before, _waits = _waits, waits
+def _deferring(deferred: bool) -> Iterator[None]:
+    global _deferred
+    before, _deferred = _deferred, deferred
     try:
-        _heed()
+        _raise_received()
         yield
     finally:
-        _waits = before
-        _heed()
+        _deferred = before
+        _raise_received()
 
 
-def _asked(number: int, frame: object) -> None:
-    first, may_end = not _waiting, not _waits
-    _waiting.append(number)
-    if first and not may_end:
+def _on_signal(number: int, frame: object) -> None:
+    first = not _received
+    _received.append(number)
+    if first and _deferred:
         return
     leave_signals()
     if not first:
         signal.raise_signal(number)
-    _heed()
+    _raise_received()
 
 
-def _heed() -> None:
-    """End now, if that was asked for and need not wait."""
-    if _waiting and not _waits:
+def _raise_received() -> None:
+    """Raise the exception for a signal that was received, unless it is deferred."""
+    if _received and not _deferred:
         leave_signals()
-        raise KeyboardInterrupt if _waiting.pop() == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if _received.pop() == signal.SIGINT else Terminated

@@ -1,4 +1,4 @@
-"""Files that commands write: all of them or none, and never over one that is there."""
+"""New files that a command writes: all of them or none, never replacing an existing one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NewFile(NamedTuple):
 
 
 def write_all(files: list[NewFile]) -> None:
-    """Write all files, or none. Raises OSError that names the file, FileExistsError among them."""
+    """Write all files or none. Raises OSError with the name of the file, FileExistsError included."""
     done: list[Path] = []
     with undisturbed():
         try:
@@ -27,7 +27,7 @@ def write_all(files: list[NewFile]) -> None:
                         done.append(path)
                         file.write(text)
                 except OSError as error:
-                    error.filename = str(path)  # a full disk is told without one
+                    error.filename = str(path)  # an error of a full disk has none
                     raise
         except OSError:
             for path in done:

@@ -1,4 +1,4 @@
-"""What is known of conversations without reading what was said in them."""
+"""Conversations without their messages: owner, times, counts and revision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..transfer import pages_of_ids, read_contexts
 
 _GROUP: Final = 200
 _GROUP_OF_WHOLE: Final = 10
-"""How many conversations are asked for at a time; the latter where all they hold is read."""
+"""How many conversations are read together; the latter with their values and messages."""
 
 
 class Row(NamedTuple):
-    """What is known of a conversation without reading what was said in it."""
+    """A conversation as a listing shows it, or why it cannot be read."""
 
     context_id: str
     snapshot: Snapshot | StateError
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def rows_of(storage: StateStorage, user_id: str | None = None, *, everything: bool = False) -> Iterator[Row]:
-    """All conversations, in no order; with `everything`, what they hold too. StateError: the store is away."""
+    """All conversations, in no order; `everything` reads values and messages too. Raises StateError for the store."""
     what: dict[str, Any] = {"variables": None, "metadata": None, "history": Window()} if everything else {}
     size = _GROUP_OF_WHOLE if everything else _GROUP
     for page in pages_of_ids(storage, user_id):
@@ -37,12 +37,12 @@ def rows_of(storage: StateStorage, user_id: str | None = None, *, everything: bo
             for context_id, outcome in zip(group, read_contexts(storage, group, **what), strict=True):
                 if isinstance(outcome, StateError) and not concerns_one_context(outcome):
                     raise outcome
-                if outcome is not None:  # cleared or expired meanwhile
+                if outcome is not None:  # not cleared or expired since it was listed
                     yield Row(context_id, outcome)
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
-    """A conversation as an object of JSON."""
+    """A row as a JSON object."""
     found = row.snapshot
     if isinstance(found, StateError):
         return {"context_id": row.context_id, "error": str(found)}

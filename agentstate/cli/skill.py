@@ -1,22 +1,23 @@
-"""The command group skill: write a new handler, with its test and its configuration."""
+"""The command skill create: write a new handler with a test and a configuration file."""
 
 from __future__ import annotations
 
 import keyword
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from ..config import CONFIG_NAMES, CONFIG_VARIABLE
-from ..errors import StateConfigError, StateConflictError
+from ..errors import StateConfigError
 from . import console, exits
 from .newfiles import NewFile, write_all
-from .setup import section_text
+from .setup import DEFAULT_URL, answer_check, backend_choice, check_is_new, section_text
+from .store import json_option
 
-_BACKENDS: Final = ("memory", "file", "valkey")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _MAX_NAME: Final = 60
 
@@ -37,16 +38,16 @@ from agentstate import ConversationContext, register_handler, stateful
 @register_handler("{module}")
 @stateful()
 async def {module}(task: Any, context: ConversationContext, context_id: str) -> str:
-    """{title}: answers a message with what this conversation has held so far in mind."""
+    """{title}: answers a message, and counts the messages of the conversation."""
     message = text_of(task)
     earlier = await context.count_history(context_id)
     visits = await context.increment_variable(context_id, "visits")
 
     response = f"This is message #{{visits}} of our conversation. You said: {{message}}"
     if earlier:
-        response += f" (I remember the {{earlier}} messages before.)"
+        response += f" (I remember {{earlier}} earlier messages.)"
 
-    # Both sides of the exchange are stored, or neither.
+    # Stores both messages, or neither.
     async with context.batch(context_id) as batch:
         batch.add_to_history("user", message)
         batch.add_to_history("assistant", response)
@@ -71,20 +72,32 @@ from agentstate import register_handler
 
 @register_handler("{module}")
 async def {module}(task: Any) -> str:
-    """{title}: answers a message. It keeps no state."""
+    """{title}: answers a message. It stores nothing."""
     return f"You said: {{text_of(task)}}"
 
 
 {text_of}'''
 
 _TEXT_OF: Final = '''def text_of(task: Any) -> str:
-    """The text of the message that a task brings: an A2A task's is the last one of its history."""
-    history = getattr(task, "history", None)
-    message = getattr(task, "message", None) or (history[-1] if history else None)
-    return " ".join(part.text for part in getattr(message, "parts", ()) if getattr(part, "text", ""))
+    """The text of a task: a dict such as {"text": "hello"}, an A2A task or message, or any object like these."""
+    if text := _text_in(task):
+        return text
+    raise ValueError("the task has no text: adapt text_of() to the tasks of this agent")
+
+
+def _text_in(thing: Any) -> str:
+    if isinstance(thing, str):
+        return thing
+    get = thing.get if isinstance(thing, dict) else lambda name: getattr(thing, name, None)
+    for name in ("text", "message", "content", "input", "root"):
+        if text := _text_in(get(name)) if get(name) else "":
+            return text
+    # An A2A message has parts; the message of an A2A task is the last one of its history.
+    parts = list(get("parts") or ()) or list(get("history") or ())[-1:]
+    return " ".join(filter(None, map(_text_in, parts)))
 '''
 
-_STATEFUL_TEST: Final = '''"""Tests of {module}, on the memory storage: no server, no files."""
+_STATEFUL_TEST: Final = '''"""Tests of {module} on the memory storage, which needs neither a server nor files."""
 
 from __future__ import annotations
 
@@ -100,7 +113,7 @@ from agentstate import get_context_manager
 
 @pytest.fixture(autouse=True)
 def in_memory(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The handler uses the storage of the configuration file; here that is this one."""
+    """Let the handler, which uses the storage of the configuration file, use one in memory."""
     config = tmp_path / "agent_config.yaml"
     config.write_text("state:\\n  backend: memory\\n")
     monkeypatch.setenv("AGENTSTATE_CONFIG", str(config))
@@ -121,7 +134,11 @@ def test_it_remembers() -> None:
     assert "I remember" not in ask("test-somebody-else", "third")
 
 
-def test_both_sides_are_stored() -> None:
+def test_it_reads_dicts() -> None:
+    assert "hello" in asyncio.run({module}({{"text": "hello", "context_id": "test-dict"}}))
+
+
+def test_both_messages_are_stored() -> None:
     answer = ask("test-stored", "hello")
     context = get_context_manager(blocking=True)
     assert [message["content"] for message in context.get_history("test-stored")] == ["hello", answer]
@@ -140,20 +157,21 @@ from {module} import {module}
 def test_it_answers() -> None:
     task = SimpleNamespace(message=SimpleNamespace(parts=[SimpleNamespace(text="hello")]))
     assert "hello" in asyncio.run({module}(task))
+    assert "hello" in asyncio.run({module}({{"text": "hello"}}))
 '''
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def skill(context: click.Context) -> None:
-    """Write new handlers."""
+    """Create new handlers."""
     console.help_if_alone(context)
 
 
 @skill.command("create")
 @click.argument("name", required=False)
-@click.option("--state/--no-state", default=None, help="Whether the handler keeps state.")
-@click.option("--storage", type=click.Choice(_BACKENDS), help="Where its state is kept.")
+@click.option("--state/--no-state", default=None, help="Whether the handler stores conversations.")
+@click.option("--storage", type=backend_choice, help="The storage for the configuration file.")
 @click.option("--url", metavar="URL", help="The Valkey server.")
 @click.option(
     "--directory",
@@ -161,15 +179,15 @@ def skill(context: click.Context) -> None:
     default=".",
     show_default=True,
     type=click.Path(file_okay=False),
-    help="Where to write the files.",
+    help="The folder to write the files to.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The names of the files as JSON, for machines.")
+@json_option
 def create(
     name: str | None, state: bool | None, storage: str | None, url: str | None, directory: str, as_json: bool
 ) -> int:
-    """Write a handler, a test of it that passes, and the configuration it needs.
+    """Write a handler, a test for it, and a configuration file if there is none.
 
-    Asks for what is not given, if there is somebody to answer. Files that exist are never touched.
+    On a terminal it asks for everything that its options do not give. It never replaces a file.
 
     \b
     Examples:
@@ -180,33 +198,31 @@ def create(
     ask = console.can_ask()
     if name is None:
         if not ask:
-            raise click.UsageError("say the NAME of the skill")
+            raise click.UsageError("missing argument NAME")
         name = click.prompt("Skill name", value_proc=_checked_name, err=True)
     module = _module_name(name)
-    if state is None:
-        state = (
-            storage is not None
-            or url is not None
-            or not ask
-            or click.confirm("Enable state management?", default=True, err=True)
-        )
-    if not state and (storage or url):
+    for file in _file_names(module):
+        check_is_new(Path(directory, file), hint="choose another name or --directory")
+    if state is False and (storage or url):
         raise click.UsageError("--no-state excludes --storage and --url")
-    if storage is None and state:
-        default = "valkey" if url else "file"
-        choice = click.Choice(_BACKENDS)
-        storage = (
-            click.prompt("Storage backend", type=choice, default=default, err=True) if ask and not url else default
-        )
-    if storage != "valkey" and url:
-        raise click.UsageError("--url is for --storage valkey")
-    if storage == "valkey" and url is None and ask and state:
-        url = click.prompt("Valkey URL", default="valkey://localhost:6379", err=True)
-    options = {"url": url or "valkey://localhost:6379"} if storage == "valkey" else {}
-    files = _files(name.strip(), module, storage if state else None, options, Path(directory))
-    _refuse_taken(files)
+    if storage not in (None, "valkey") and url:
+        raise click.UsageError("--url needs --storage valkey")
+    if url:
+        storage = "valkey"
+        section_text(storage, {"url": url})  # checked before anything is asked
+    if state is None:
+        state = storage is not None or not ask or click.confirm("Store conversations?", default=True, err=True)
+    if state and storage is None:
+        storage = click.prompt("Storage", type=backend_choice, default="file", err=True) if ask else "file"
+    options = {}
+    if storage == "valkey":
+        if url is None and ask:
+            check = answer_check(storage, {}, "url")
+            url = click.prompt("Valkey URL", default=DEFAULT_URL, value_proc=check, err=True)
+        options["url"] = url or DEFAULT_URL
+    files = _files(name.strip(), module, storage, options, Path(directory))
     write_all(files)
-    _show(files, module, state, storage, directory, as_json)
+    _show(files, module, storage, directory, as_json)
     return exits.OK
 
 
@@ -219,19 +235,21 @@ def _checked_name(text: str) -> str:
 
 
 def _module_name(name: str) -> str:
-    """The name of the module and of the function. Raises StateConfigError."""
+    """The name of the module and of the handler for the name of a skill. Raises StateConfigError."""
     text = name.strip()
     if not text or len(text) > _MAX_NAME or not text.isascii() or not text.isprintable():
-        raise StateConfigError(f"the name of a skill is 1 to {_MAX_NAME} printable ASCII characters, not {name[:80]!r}")
+        raise StateConfigError(
+            f"the name of a skill must be 1 to {_MAX_NAME} printable ASCII characters, got {name[:80]!r}"
+        )
     if re.search(r"[/\\\\\"'{}]", text):
-        raise StateConfigError(f"the name of a skill is words, without slashes, quotes and braces, not {name!r}")
+        raise StateConfigError(f"the name of a skill must not contain slashes, quotes or braces, got {name!r}")
     module = _NOT_WORD.sub("_", text.lower()).strip("_")
     if not module.isidentifier() or keyword.iskeyword(module):
-        raise StateConfigError(f"{name!r} makes no name of a Python module: begin with a letter, and use no keyword")
-    if _shadows(module):
         raise StateConfigError(
-            f"a module {module!r} would hide one that Python or agentstate brings: choose another name"
+            f"{name!r} is not a valid module name: begin with a letter, and do not use a keyword of Python"
         )
+    if _shadows(module):
+        raise StateConfigError(f"a module {module!r} would hide an installed module of that name: choose another name")
     return module
 
 
@@ -242,12 +260,12 @@ def _shadows(module: str) -> bool:
 
 
 def _files(name: str, module: str, storage: str | None, options: dict[str, Any], folder: Path) -> list[NewFile]:
-    """What is to be written. The configuration only where there is none yet."""
+    """The files to write. A configuration file only where there is none."""
     values = {"title": name[:1].upper() + name[1:], "module": module, "text_of": _TEXT_OF}
     source, test = (_STATELESS, _STATELESS_TEST) if storage is None else (_STATEFUL, _STATEFUL_TEST)
     files = [
-        NewFile(folder / f"{module}.py", source.format(**values)),
-        NewFile(folder / f"test_{module}.py", test.format(**values)),
+        NewFile(folder / file, template.format(**values))
+        for file, template in zip(_file_names(module), (source, test), strict=True)
     ]
     if storage is not None and not _configured(folder):
         files.append(NewFile(folder / CONFIG_NAMES[0], section_text(storage, options)))
@@ -258,25 +276,19 @@ def _configured(folder: Path) -> bool:
     return bool(os.environ.get(CONFIG_VARIABLE)) or any((folder / name).exists() for name in CONFIG_NAMES)
 
 
-def _refuse_taken(files: list[NewFile]) -> None:
-    for path, _ in files:
-        if os.path.lexists(path):
-            raise StateConflictError(
-                f"{path} exists already, and was left as it is: choose another name or --directory"
-            )
+def _file_names(module: str) -> tuple[str, str]:
+    return f"{module}.py", f"test_{module}.py"
 
 
-def _show(files: list[NewFile], module: str, state: bool, storage: str | None, directory: str, as_json: bool) -> None:
+def _show(files: list[NewFile], module: str, storage: str | None, directory: str, as_json: bool) -> None:
     if as_json:
-        console.json_document(
-            {"skill": module, "storage": storage if state else None, "files": [str(f.path) for f in files]}
-        )
+        console.json_document({"skill": module, "storage": storage, "files": [str(file.path) for file in files]})
         return
     for path, _ in files:
         console.line(f"Wrote {path}")
-    if state and not any(path.name == CONFIG_NAMES[0] for path, _ in files):
-        console.note("There is a configuration file already; the handler uses the storage that it names.")
-    place = "" if directory == "." else f"cd {directory} && "
+    if storage is not None and not any(path.name == CONFIG_NAMES[0] for path, _ in files):
+        console.note("The handler uses the storage in the configuration file, which exists already.")
+    place = "" if directory == "." else f"cd {shlex.quote(directory)} && "
     console.note(f"Next: {place}python -m pytest test_{module}.py; agentstate chat {module}.py:{module}")
 
 

@@ -1,4 +1,4 @@
-"""The command stats: how many conversations there are, how old, how long and how large; and what looking took."""
+"""The command stats: number, age, length and size of conversations, and the cost of reading them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .store import Place, json_option, store_options
 
 _AGES: Final = (("last hour", 1.0), ("last day", 24.0), ("last week", 168.0), ("last 30 days", 720.0))
 _LENGTHS: Final = (10, 100, 1_000, 10_000, 100_000)
-_TIMES: Final = ("count", "mean", "half below", "99 % below")
+_TIMES: Final = ("count", "mean", "median", "p99")
 _SIZES: Final = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 
 class _Statistics:
-    """Figures over all conversations, gathered one by one."""
+    """Statistics over all conversations, added one by one."""
 
     def __init__(self) -> None:
         self.now = time.time()
@@ -93,7 +93,7 @@ class _Statistics:
 
 
 def _keep_first(heap: list[tuple[int, str]], value: int, context_id: str) -> None:
-    """Take in a conversation, and keep the five with the highest values."""
+    """Add a conversation, and keep the five with the highest values."""
     heapq.heappush(heap, (value, context_id))
     if len(heap) > 5:
         heapq.heappop(heap)
@@ -101,13 +101,13 @@ def _keep_first(heap: list[tuple[int, str]], value: int, context_id: str) -> Non
 
 @click.command()
 @store_options
-@click.option("--sizes", is_flag=True, help="Show how large they are too; reads all that is stored.")
+@click.option("--sizes", is_flag=True, help="Include sizes, which reads everything that is stored.")
 @json_option
 def stats(place: Place, sizes: bool, as_json: bool) -> int:
-    """Count conversations and messages, and show how old and how long they are.
+    """Show the number, age and length of conversations.
 
-    The last part is about this command itself: what it asked of the storage, how long that took, and how much was read.
-    What other processes do cannot be seen from here: each counts for itself, and says so by `storage.statistics()`.
+    The last part is about this command itself: its operations on the storage, their latency, and the bytes read. Other
+    processes are not included: each has its own `storage.statistics()`.
 
     \b
     Examples:
@@ -135,43 +135,43 @@ def _print_statistics(place: Place, figures: _Statistics, sizes: bool) -> None:
         ("storage", place.backend),
         ("where", place.name),
         ("conversations", f"{figures.contexts:,}"),
-        ("messages", f"{figures.messages:,}, {mean:,.1f} in a conversation"),
-        ("owners", f"{len(figures.owners):,}, of {figures.owned:,} conversations"),
-        ("expiring", f"{figures.expiring:,}"),
+        ("messages", f"{figures.messages:,}, {mean:,.1f} per conversation"),
+        ("owners", f"{len(figures.owners):,}, of {console.counted(figures.owned, 'conversation')}"),
+        ("with expiry", f"{figures.expiring:,}"),
     ]
     if figures.newest is not None and figures.oldest is not None:
-        pairs.append(("last update", f"{console.ago(figures.newest)}; the oldest {console.ago(figures.oldest)}"))
+        pairs.append(("last update", f"newest {console.ago(figures.newest)}, oldest {console.ago(figures.oldest)}"))
     if sizes:
-        pairs.append(("values", console.size_text(figures.size)))
+        pairs.append(("size", console.size_text(figures.size)))
     if figures.unreadable:
-        pairs.append(("unreadable", f"{len(figures.unreadable):,} (see agentstate verify)"))
+        pairs.append(("unreadable", f"{len(figures.unreadable):,} (see `agentstate verify`)"))
     console.facts(pairs)
     if figures.contexts:
         console.line()
         console.bars("last updated", figures.age_bars())
-        console.bars("messages in a conversation", figures.length_bars())
+        console.bars("messages per conversation", figures.length_bars())
         if sizes:
-            console.bars("size of a conversation", figures.size_bars())
+            console.bars("size per conversation", figures.size_bars())
         longest = ((name, f"{count:,}") for count, name in sorted(figures.longest, reverse=True))
         console.table((Column("longest conversations", style="bold"), Column("messages", right=True)), longest)
         if sizes:
             largest = ((name, console.size_text(size)) for size, name in sorted(figures.largest, reverse=True))
-            console.table((Column("largest conversations", style="bold"), Column("values", right=True)), largest)
+            console.table((Column("largest conversations", style="bold"), Column("size", right=True)), largest)
 
 
 def _print_work(work: StorageStatistics) -> None:
-    """What the storage did for this command."""
-    columns = [Column(name, right=bool(place)) for place, name in enumerate(("this command's operations", *_TIMES))]
+    """Print what the storage did for this command."""
+    columns = [Column(name, right=bool(place)) for place, name in enumerate(("operations of this command", *_TIMES))]
     console.table(columns, [_times(kind, count, work) for kind, count in work.operations.items() if count])
     groups = work.group_sizes
     pairs = [
-        ("together", f"{groups.mean:,.1f} operations a group, {groups.count:,} groups"),
+        ("groups", f"{groups.count:,}, {groups.mean:,.1f} operations per group"),
         ("read", console.size_text(work.bytes_read)),
         ("written", console.size_text(work.bytes_written)),
-        ("tried again", f"{work.attempts_repeated:,}"),
+        ("retries", f"{work.attempts_repeated:,}"),
     ]
     if work.errors:
-        pairs.append(("failed", ", ".join(f"{count:,} {name}" for name, count in work.errors.items())))
+        pairs.append(("errors", ", ".join(f"{count:,} {name}" for name, count in work.errors.items())))
     if work.cache is not None:
         cache = work.cache
         pairs.append(("cache", f"{cache.hits:,} hits, {cache.misses:,} misses, {console.size_text(cache.size_bytes)}"))

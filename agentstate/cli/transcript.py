@@ -1,4 +1,4 @@
-"""A conversation as one reads it."""
+"""Prints a conversation for people."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OTHER_ROLE: Final = "bold yellow"
 
 
 def print_head(context_id: str, snapshot: Snapshot) -> None:
-    """Print what is known of a conversation beside its messages."""
+    """Print everything of a conversation except its messages."""
     messages = f"{snapshot.end - snapshot.start:,}"
     if snapshot.start:
-        messages += f" (the first {snapshot.start:,} are trimmed)"
+        messages += f" (and {snapshot.start:,} older ones that were trimmed)"
     pairs = [
         ("conversation", context_id),
-        ("owner", snapshot.user_id or "nobody"),
+        ("owner", snapshot.user_id or "none"),
         ("created", _moment(snapshot.created)),
         ("updated", _moment(snapshot.updated)),
         *([("expires", _moment(snapshot.expires))] if snapshot.expires is not None else []),
@@ -46,7 +46,7 @@ def _moment(microseconds: int) -> str:
 
 
 def print_message(text: bytes, position: int, *, as_json: bool) -> None:
-    """Print one message: for people, or as one line of JSON."""
+    """Print one message, for people or as one line of JSON."""
     message = codec.decode(text)
     if as_json:
         console.json_line(message)
@@ -73,7 +73,7 @@ def _content_lines(content: Any) -> Iterator[str]:
 
 
 def _text_of_part(part: Any) -> Any:
-    """The text of a part of a message, as A2A and others write them; what is no text stays what it is."""
+    """The text of a part of a message, as A2A and others write them; a part without text is returned unchanged."""
     for place in (part, part.get("root") if isinstance(part, dict) else None):
         if isinstance(place, dict) and isinstance(place.get("text"), str):
             return place["text"]

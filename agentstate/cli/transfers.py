@@ -1,4 +1,4 @@
-"""Commands that take conversations from one place to another: export, import, migrate."""
+"""Commands that copy conversations: export, import, migrate."""
 
 from __future__ import annotations
 
@@ -20,18 +20,27 @@ from ..keys import check_context_id
 from ..operations import Listing
 from ..registry import overridden, storage_names
 from ..storage.base import StateStorage
-from ..transfer import Report, count_contexts, export_contexts, import_contexts, migrate
+from ..transfer import Report, Result, count_contexts, export_contexts, import_contexts, migrate
+from ..urls import redact_url
 from . import console, exits
 from .completion import paths
 from .interrupts import disturbed, undisturbed
-from .store import Place, complete_context_id, settings_option, store_options
+from .lookup import not_found
+from .store import (
+    Place,
+    complete_context_id,
+    is_url_like,
+    layout_choice,
+    settings_option,
+    store_options,
+    user_option,
+)
 
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="The summary as JSON, for machines.")
-_user_option = click.option("--user", "user_id", metavar="USER", help="Only conversations of this owner.")
-_replace_option = click.option("--replace", is_flag=True, help="Write over conversations that are there and differ.")
-_dry_run_option = click.option("--dry-run", is_flag=True, help="Read and compare, and write nothing.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+_replace_option = click.option("--replace", is_flag=True, help="Replace conversations that exist and differ.")
+_dry_run_option = click.option("--dry-run", is_flag=True, help="Read and compare only.")
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -41,19 +50,24 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Read and compare
 @click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True))
 @store_options
 @click.option(
-    "--id", "ids", metavar="ID", multiple=True, shell_complete=complete_context_id, help="Only this one; repeatable."
+    "--id",
+    "ids",
+    metavar="ID",
+    multiple=True,
+    shell_complete=complete_context_id,
+    help="Only this conversation. Can be repeated.",
 )
-@_user_option
-@click.option("-z", "--compress", is_flag=True, help="Compress; implied by a FILE that ends in .gz.")
+@user_option
+@click.option("-z", "--compress", is_flag=True, help="Compress with gzip, as for a FILE that ends in .gz.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @_json_option
 def export(
     place: Place, file: str, ids: tuple[str, ...], user_id: str | None, compress: bool, force: bool, as_json: bool
 ) -> int:
-    """Write conversations into an archive, or to the standard output.
+    """Write conversations to an archive or to standard output.
 
-    The archive is JSON Lines, one conversation a line; the histories of long ones go on in further lines. FILE appears
-    when it is complete, or not at all.
+    The archive is JSON Lines, one conversation per line; a long history continues in further lines. FILE appears when
+    it is complete, or not at all.
 
     \b
     Examples:
@@ -62,33 +76,41 @@ def export(
       agentstate export | jq -r 'select(.context_id).context_id'
     """
     if ids and user_id is not None:
-        raise click.UsageError("--id and --user exclude each other")
+        raise click.UsageError("--id and --user exclude each other: use only one of them")
     if as_json and file == "-":
-        raise click.UsageError("--json is for the summary of an export into a FILE")
+        raise click.UsageError("--json needs a FILE, since standard output is the archive")
+    if file == "-" and compress and console.on_terminal():
+        raise click.UsageError("compressed output is not written to a terminal: use a FILE or a pipe")
     names = [check_context_id(context_id) for context_id in dict.fromkeys(ids)] or None
+    gone: list[str] = []
+
+    def settle(result: Result) -> None:
+        advance()
+        if names and result.fate == "gone":
+            gone.append(result.context_id)
+
     began = time.monotonic()
     with place.open() as storage, _new_file(file, compress or file.endswith(".gz"), force) as archive:
         total = len(names) if names else _total(storage, user_id)
         with console.progress("exporting", total) as advance:
-            report = export_contexts(
-                storage, archive, context_ids=names, user_id=user_id, progress=lambda result: advance()
-            )
-        if names and report.gone:
-            raise ContextNotFoundError(f"{report.gone} of the {len(names)} conversations are not in {place.name}")
+            report = export_contexts(storage, archive, context_ids=names, user_id=user_id, progress=settle)
+        if gone:
+            raise not_found(storage, place, gone[0])
     return _finish(report, "exported", began, as_json, quiet=file == "-")
 
 
 @contextmanager
 def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
-    """A file to be written, which gets its name once it is complete and on disk; ``-`` is the standard output."""
+    """A file to write, which gets its name once it is complete and on disk; ``-`` is the standard output."""
     if path == "-":
-        with _compressed(sys.stdout.buffer, compress) as file:
+        out: Any = _HarmlessLines() if console.on_terminal() else sys.stdout.buffer
+        with _compressed(out, compress) as file:
             yield file
         return
     if os.path.lexists(path) and not force:
-        raise StateConflictError(f"{path} exists already: choose another name, or say --force")
+        raise StateConflictError(f"{path} exists already: choose another name, or use --force")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StateConflictError(f"{path} is no regular file, and is not replaced; - is the standard output")
+        raise StateConflictError(f"{path} is not a regular file and is not replaced (- is standard output)")
     unfinished = f"{path}.{os.getpid()}.part"
     with undisturbed():
         try:
@@ -108,20 +130,27 @@ def _new_file(path: str, compress: bool, force: bool) -> Iterator[BinaryIO]:
                 _rename_to_new(unfinished, path)
         except OSError as error:
             if not isinstance(error, StateError) and error.filename in (None, unfinished):
-                error.filename = path  # the name that was asked for; a full disk is told without one
+                error.filename = path  # the error of a full disk has none
             raise
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
 
 def _rename_to_new(unfinished: str, path: str) -> None:
-    """Give a file a name that nobody else has taken meanwhile."""
+    """Rename a file, unless the new name exists by now."""
     try:
         os.link(unfinished, path)
     except FileExistsError:
-        raise StateConflictError(f"{path} exists by now: choose another name, or say --force") from None
-    except OSError:  # no hard links here
+        raise StateConflictError(f"{path} exists by now: choose another name, or use --force") from None
+    except OSError:  # a file system without hard links
         os.rename(unfinished, path)
+
+
+class _HarmlessLines:
+    """A terminal as a binary file for JSON Lines."""
+
+    def write(self, line: bytes) -> None:
+        sys.stdout.write(console.harmless_json(line.decode()))
 
 
 @contextmanager
@@ -143,10 +172,10 @@ def _compressed(file: BinaryIO, compress: bool) -> Iterator[BinaryIO]:
 @_dry_run_option
 @_json_option
 def import_(place: Place, file: str, replace: bool, dry_run: bool, as_json: bool) -> int:
-    """Read conversations from an archive, compressed or not, or from the standard input.
+    """Read conversations from an archive, compressed or not, or from standard input.
 
-    Owners, times, revisions and expiry are kept. What is there already and equal is left alone, so an import that was
-    interrupted is simply started again; what is there and differs is left alone too, and reported.
+    Owners, times, revisions and expiry are kept. A conversation that exists and is equal is skipped, so an interrupted
+    import can be started again; one that exists and differs is not changed, and reported.
 
     \b
     Examples:
@@ -154,7 +183,11 @@ def import_(place: Place, file: str, replace: bool, dry_run: bool, as_json: bool
       ssh old-host agentstate export -z | agentstate import --dry-run
     """
     began = time.monotonic()
-    with _existing_file(file) as archive, place.open() as storage, console.progress("importing") as advance:
+    with (
+        _existing_file(file) as archive,
+        place.open(may_be_new=True) as storage,
+        console.progress("importing") as advance,
+    ):
         report = import_contexts(archive, storage, replace=replace, dry_run=dry_run, progress=lambda result: advance())
     return _finish(report, "would be imported" if dry_run else "imported and verified", began, as_json)
 
@@ -186,13 +219,13 @@ def _unpacked(file: Any) -> BinaryIO:
 @click.command("migrate")
 @click.argument("source", metavar="FROM", shell_complete=paths("file"))
 @click.argument("target", metavar="TO", shell_complete=paths("file"))
-@click.option("--from-key-prefix", metavar="TEXT", help="What keys begin with in FROM, if it is Valkey.")
-@click.option("--to-key-prefix", metavar="TEXT", help="What keys begin with in TO, if it is Valkey.")
-@click.option("--from-layout", type=click.Choice(["log", "document"]), help="How FROM stores conversations.")
-@click.option("--to-layout", type=click.Choice(["log", "document"]), help="How TO shall store conversations.")
-@settings_option("--from-option", help="Any other option of FROM.")
-@settings_option("--to-option", help="Any other option of TO, like ttl=3600.")
-@_user_option
+@click.option("--from-key-prefix", metavar="TEXT", help="The prefix of keys in FROM, for Valkey.")
+@click.option("--to-key-prefix", metavar="TEXT", help="The prefix of keys in TO, for Valkey.")
+@click.option("--from-layout", type=layout_choice, help="The format that FROM stores conversations in.")
+@click.option("--to-layout", type=layout_choice, help="The format that TO stores conversations in.")
+@settings_option("--from-option", help="Any other option of FROM. Can be repeated.")
+@settings_option("--to-option", help="Any other option of TO, for example ttl=3600. Can be repeated.")
+@user_option
 @_replace_option
 @_dry_run_option
 @_json_option
@@ -210,12 +243,12 @@ def migrate_(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Copy all conversations from one storage to another, and verify each.
+    """Copy all conversations from one storage to another, and verify each copy.
 
     FROM and TO are each a folder, the URL of a Valkey server, a configuration file (whose name ends in .yaml or .yml),
-    or the name of a third party's storage. AgentUp's files and keys are read as they are; FROM is never changed.
-    Owners, times, revisions, positions and expiry are kept. Every conversation is read back and compared. A migration
-    that was interrupted is simply started again: what is there already and equal is left alone.
+    or the name of a third party's storage. FROM is not changed; it may hold files or keys of AgentUp. Owners, times,
+    revisions, positions and expiry are kept. Every copy is read back and compared. An interrupted migration can be
+    started again: conversations that exist and are equal are skipped.
 
     \b
     Examples:
@@ -228,11 +261,11 @@ def migrate_(
     goal = _place_of(target, to_key_prefix, to_layout, to_option)
     _check_different(origin, goal)
     if origin.backend == "file" and not os.path.isdir(origin.name):
-        raise ContextNotFoundError(f"there is no folder {origin.name} to migrate from")
+        raise ContextNotFoundError(f"the folder {origin.name} does not exist")
     began = time.monotonic()
-    with origin.open() as storage, goal.open() as new:
+    with origin.open() as storage, goal.open(may_be_new=True) as new:
         for each in (storage, new):
-            each.call(Listing(size=1, deadline=time.monotonic() + each.deadline))  # now, and not after the first group
+            each.call(Listing(size=1, deadline=time.monotonic() + each.deadline))  # before the first group is read
         with console.progress("migrating", _total(storage, user_id)) as advance:
             report = migrate(
                 storage, new, user_id=user_id, replace=replace, dry_run=dry_run, progress=lambda result: advance()
@@ -241,11 +274,13 @@ def migrate_(
 
 
 def _place_of(text: str, key_prefix: str | None, layout: str | None, settings: tuple[tuple[str, Any], ...]) -> Place:
-    """The storage that FROM or TO means."""
+    """The storage that FROM or TO names."""
     named = {"key_prefix": key_prefix, "layout": layout}
     options = {name: value for name, value in named.items() if value is not None} | dict(settings)
     if "://" in text:
         backend, options = "valkey", {"url": text} | options
+    elif is_url_like(text):
+        raise click.UsageError(f"a URL begins like valkey://, got {redact_url(text)!r}")
     elif text.endswith((".yaml", ".yml")) and not os.path.isdir(text):
         return Place(*overridden(load_config(text), None, options))
     elif not os.path.exists(text) and text in storage_names():
@@ -263,25 +298,25 @@ def _check_different(origin: Place, goal: Place) -> None:
     else:
         same = origin.options | {"layout": None, "ttl": None} == goal.options | {"layout": None, "ttl": None}
     if same:
-        raise StateConfigError(f"FROM and TO are the same place, {origin.name}")
+        raise StateConfigError(f"FROM and TO are the same storage, {origin.name}")
 
 
-# --- what all of them share -----------------------------------------------------------------------------------------
+# --- summaries ------------------------------------------------------------------------------------------------------
 
 
 def _total(storage: StateStorage, user_id: str | None) -> int | None:
-    """How many conversations there are, where somebody watches a bar."""
+    """The number of conversations, if there is a progress bar to show it."""
     return count_contexts(storage, user_id) if sys.stderr.isatty() else None
 
 
 def _finish(report: Report, done: str, began: float, as_json: bool, *, quiet: bool = False) -> int:
-    """Show what came of it, and return the exit code."""
+    """Print the summary, and return the exit code."""
     seconds = time.monotonic() - began
     for problem in report.problems:
         console.fail(str(problem.error))
     unnamed = report.conflict + report.failed - len(report.problems)
     if unnamed:
-        console.fail(f"and {unnamed:,} more like these")
+        console.fail(f"and {unnamed:,} more of these")
     if report.damage is not None:
         console.fail(str(report.damage))
     if as_json:
@@ -289,13 +324,13 @@ def _finish(report: Report, done: str, began: float, as_json: bool, *, quiet: bo
     elif not quiet:
         pairs = [
             (done, f"{report.copied:,}"),
-            ("there already, and equal", f"{report.unchanged:,}"),
-            ("there already, and different", f"{report.conflict:,}"),
+            ("skipped (equal)", f"{report.unchanged:,}"),
+            ("not changed (different)", f"{report.conflict:,}"),
             ("failed", f"{report.failed:,}"),
-            ("gone meanwhile", f"{report.gone:,}"),
+            ("cleared meanwhile", f"{report.gone:,}"),
             ("messages", f"{report.messages:,}"),
             ("size", console.size_text(report.size)),
-            ("time", f"{seconds:.1f} s, {report.contexts / max(seconds, 1e-9):,.0f} conversations a second"),
+            ("time", f"{seconds:.1f} s, {report.contexts / max(seconds, 1e-9):,.0f} conversations per second"),
         ]
         shown = [pair for pair in pairs if pair[1] != "0" or pair[0] == done]
         console.facts(shown)

@@ -1,4 +1,4 @@
-"""The command verify: is all that is stored intact? And saving what is."""
+"""The command verify: check that everything stored is intact, and repair what is not."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ..operations import Snapshot, Window
 from ..storage.base import StateStorage, concerns_one_context
 from ..transfer import count_contexts, pages_of_ids, read_contexts
 from . import console, exits
+from .lookup import not_found
 from .store import Place, complete_context_id, json_option, store_options
 
 _PAGE = 500
 
 
 class Damage(NamedTuple):
-    """A conversation that is not as it should be. `context_id` is None where not even that can be read."""
+    """A damaged conversation. `context_id` is None where the id itself cannot be read."""
 
     context_id: str | None
     reason: str
@@ -30,7 +31,7 @@ class Damage(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What was looked at, and what was not there."""
+    """What was checked, and which ids do not exist."""
 
     conversations: int = 0
     messages: int = 0
@@ -40,13 +41,17 @@ class _Seen:
 @click.command()
 @click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=complete_context_id)
 @store_options
-@click.option("--repair", is_flag=True, help="Save what is intact of damaged ones; the original is kept beside it.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Replace damaged ones by what is intact; the damaged files are kept under other names.",
+)
 @json_option
 def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> int:
-    """Read all conversations, or the given ones, from the first byte to the last, and check them.
+    """Read conversations completely and check that they are intact.
 
-    With --repair, what is intact of a damaged log takes its place, and the damaged file is kept under another name.
-    The exit code is 6 if something is damaged (and could not be repaired).
+    Without an ID, all of them. With --repair, a damaged log is replaced by what is intact in it, and the damaged file
+    is kept under another name. The exit code is 6 if something is damaged and was not repaired.
 
     \b
     Examples:
@@ -64,18 +69,17 @@ def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> i
             found.append({**damage._asdict(), "repaired": saved})
             if not as_json:
                 _print(damage, saved)
+        for name in seen.absent if names else ():  # one that was listed before was cleared since
+            console.fail(str(not_found(storage, place, name)))
     if as_json:
         console.json_document({"conversations": seen.conversations, "messages": seen.messages, "damaged": found})
     elif seen.conversations or found or not names:
-        state = f"{len(found):,} damaged" if found else "all of them intact"
+        state = f"{len(found):,} damaged" if found else "all intact"
         counts = (
             f"{console.counted(seen.conversations, 'conversation')} with {console.counted(seen.messages, 'message')}"
         )
         console.line(f"{counts}, {state}.", "red" if unrepaired else "green")
-    absent = seen.absent if names else []  # what was listed and is gone was cleared meanwhile
-    for name in absent:
-        console.fail(f"there is no conversation {name!r} in {place.name}")
-    return exits.CORRUPTED if unrepaired else exits.NOT_FOUND if absent else exits.OK
+    return exits.CORRUPTED if unrepaired else exits.NOT_FOUND if names and seen.absent else exits.OK
 
 
 def _print(damage: Damage, saved: str | None) -> None:
@@ -89,7 +93,7 @@ def _print(damage: Damage, saved: str | None) -> None:
 
 
 def _damaged(storage: StateStorage, names: list[str], seen: _Seen) -> Iterator[Damage]:
-    """What is damaged, each conversation once: what its storage finds, and what cannot be read through it."""
+    """Each damaged conversation once: found by the storage itself, or by reading it."""
     known: set[str | None] = set()
     for damage in _found_by_storage(storage, names):
         known.add(damage.context_id)
@@ -114,14 +118,14 @@ def _found_by_storage(storage: StateStorage, names: list[str]) -> Iterator[Damag
 
     if not isinstance(storage, FileStorage):
         return
-    with console.working("looking through the files"):
+    with console.working("checking files"):
         problems = [each for each in storage.verify() if not names or each.context_id in names]
     for each in problems:
         yield Damage(each.context_id, each.reason, each.path)
 
 
 def _reason(storage: StateStorage, context_id: str, seen: _Seen) -> str | None:
-    """Why a conversation is damaged; None if it is intact, or gone."""
+    """Why a conversation is damaged; None if it is intact or does not exist."""
     position: int | None = None
     while True:
         window = Window(limit=_PAGE, first=0 if position is None else position)
@@ -137,7 +141,7 @@ def _reason(storage: StateStorage, context_id: str, seen: _Seen) -> str | None:
             return None
         if position is None:
             seen.conversations += 1
-        reason = _undecodable(found)
+        reason = _invalid(found)
         if reason is not None:
             return reason
         seen.messages += len(found.messages)
@@ -146,7 +150,7 @@ def _reason(storage: StateStorage, context_id: str, seen: _Seen) -> str | None:
             return None
 
 
-def _undecodable(found: Snapshot) -> str | None:
+def _invalid(found: Snapshot) -> str | None:
     for name, values in (("variable", found.variables), ("metadata", found.metadata)):
         for key, text in values.items():
             if _decoded(text) is _BAD:
@@ -171,18 +175,18 @@ def _decoded(text: bytes) -> Any:
 
 
 def _repaired(storage: StateStorage, damage: Damage) -> str | None:
-    """What was saved, in words; None where nothing could be."""
+    """A description of what was saved; None where nothing could be."""
     from ..storage.file import FileStorage
 
     if not isinstance(storage, FileStorage) or damage.context_id is None:
-        console.fail(f"{damage.context_id or damage.where}: there is no way to repair this")
+        console.fail(f"{damage.context_id or damage.where}: it cannot be repaired")
         return None
     try:
         saved = storage.repair(damage.context_id)
     except StateError as error:
         console.fail(str(error))
         return None
-    lost = f", {saved.lost_bytes:,} bytes could not be understood" if saved.lost_bytes else ""
+    lost = f", {console.counted(saved.lost_bytes, 'byte')} lost" if saved.lost_bytes else ""
     kept = f"; the damaged file is kept as {saved.original}" if saved.original else ""
     return f"{console.counted(saved.messages, 'message')}{lost}{kept}"
 

@@ -32,6 +32,13 @@ from .kinds import (
 BACKENDS: Final = ("memory", "file", "valkey")
 """The backends that this package brings. Any other name is a third party's."""
 
+OTHER_BACKEND_NAMES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("redis", "keydb"), "valkey"),
+    **dict.fromkeys(("files", "filesystem", "disk", "fs", "json"), "file"),
+    **dict.fromkeys(("mem", "ram", "in_memory", "inmemory"), "memory"),
+}
+"""Names that people try, and the backend that each means."""
+
 SECTIONS: Final = ("state", "state_management")
 """What the section may be called."""
 
@@ -130,7 +137,7 @@ class StateConfig:
     telemetry: bool | None = _option(
         BOOLEAN,
         EVERY,
-        "Emit spans and metrics with OpenTelemetry (`pip install 'agentstate[otel]'`).",
+        "Emit spans and metrics with OpenTelemetry (`pip install opentelemetry-api`).",
         default=False,
         mistaken=("otel", "opentelemetry", "tracing", "metrics"),
     )

@@ -15,6 +15,7 @@ from .model import (
     AGENTUP_OVERRIDES,
     BACKENDS,
     KEYS,
+    OTHER_BACKEND_NAMES,
     SECTIONS,
     StateConfig,
     conflicts,
@@ -29,11 +30,6 @@ _MAX_EXPANDED: Final = 2**16
 _MAX_PROBLEMS: Final = 100
 _VARIABLE = re.compile(r"\$\$\{|\$\{((?:[^{}]|\{[^{}]*\})*)\}|\$\{")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OTHER_BACKEND_NAMES: Final = {
-    **dict.fromkeys(("redis", "keydb"), "valkey"),
-    **dict.fromkeys(("files", "filesystem", "disk", "fs", "json"), "file"),
-    **dict.fromkeys(("mem", "ram", "in_memory", "inmemory"), "memory"),
-}
 
 
 class _Entry(NamedTuple):
@@ -274,7 +270,7 @@ class Reader:
         from difflib import get_close_matches
 
         names = [*BACKENDS, *(self.known or ())]
-        spellings = {known: known for known in names} | _OTHER_BACKEND_NAMES
+        spellings = {**{known: known for known in names}, **OTHER_BACKEND_NAMES}
         near = get_close_matches(name[:60].lower().replace("-", "_"), spellings, 1, 0.75)
         if self.known is None and not near:
             return _Backend(name, by_variable=by_variable)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..errors import StateConflictError, StateUnavailableError
+from ..errors import StateUnavailableError
 from .shape import Handler
-
-
-class _Holder(NamedTuple):
-    """Who runs a handler inside a turn. `task`: the asyncio task, if the handler is awaited."""
-
-    thread: int
-    task: object | None
-
-
-_holders: dict[tuple[int, str], _Holder] = {}  # by the id of the storage and the context id
 
 
 class Call:
@@ -64,16 +55,15 @@ class Call:
             except StateUnavailableError as error:
                 self._stand_in(error)
         if self._handler.settings.serialize_turns:
-            holder = _Holder(threading.get_ident(), None)
-            turn = self._new_turn(holder)
-            self._context._run(turn._take(track=False))
-            self._hold(turn, holder)
+            turn = self._context.turn(self._context_id)
+            self._context._run(turn._take(sys._getframe(1), track=False))
+            self._hold(turn)
         self._inject()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._turn is not None:
-            self._context._run(self._let_go())
+            self._context._run(self._turn._end(False))
 
     async def __aenter__(self) -> Call:
         if not self._handler.connected:
@@ -89,49 +79,25 @@ class Call:
             except StateUnavailableError as error:
                 self._stand_in(error)
         if self._handler.settings.serialize_turns:
-            from asyncio import current_task
-
-            holder = _Holder(threading.get_ident(), current_task())
-            turn = self._new_turn(holder)
-            await self._context._run(turn._take(track=False))
-            self._hold(turn, holder)
+            turn = self._context.turn(self._context_id)
+            await self._context._run(turn._take(sys._getframe(1), track=False))
+            self._hold(turn)
         self._inject()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._turn is not None:
-            await self._context._run(self._let_go())
+            await self._context._run(self._turn._end(False))
 
     def _inject(self) -> None:
         for name in self._handler.injected:
             self.kwargs[name] = self._context if name == "context" else self._context_id
 
-    # --- the turn that the handler runs in ---
-
-    def _new_turn(self, holder: _Holder) -> Any:
-        held = _holders.get((id(self._context.storage), self._context_id))
-        if (
-            held is not None
-            and held.thread == holder.thread
-            and (holder.task is None or held.task is None or held.task is holder.task)
-        ):
-            # Who holds it waits for this call, in this very thread or task: it would never be given back.
-            raise StateConflictError(
-                f"{self._handler.name}() was called from inside a turn on {self._context_id!r}; turns do not nest",
-                context_id=self._context_id,
-            )
-        return self._context.turn(self._context_id)
-
-    def _hold(self, turn: Any, holder: _Holder) -> None:
+    def _hold(self, turn: Any) -> None:
         # The fence goes with the context object and not with a contextvar: the handler may write from other threads,
         # and the caller of a generator is not inside the turn.
-        _holders[id(self._context.storage), self._context_id] = holder
         self._context = self._context.holding(self._context_id, turn.token)
         self._turn = turn
-
-    def _let_go(self) -> Any:
-        _holders.pop((id(self._context.storage), self._context_id), None)
-        return self._turn._end(False)
 
     # --- outages ---
 

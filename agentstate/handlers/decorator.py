@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Concatenate, Final, Literal, Protocol, TypeAlias, TypeVar, overload
 
 from ..errors import StateConfigError
 from ..storage.base import StateStorage, one_of
@@ -14,6 +14,7 @@ from .call import Call
 from .names import replace_handler
 from .shape import Handler, Kind, Owner, Settings
 
+C = TypeVar("C")
 R = TypeVar("R")
 S = TypeVar("S")
 T = TypeVar("T")
@@ -30,16 +31,37 @@ OverTask: TypeAlias = Callable[[Any], Any]
 # --- types ----------------------------------------------------------------------------------------------------------
 
 
+# What a handler takes besides what is injected into it, one type for each case. Where an argument holds `Any` (the task
+# is a dict, or has no annotation), mypy gives up on overloads of which more than one fits. So no handler fits two of
+# these (except one that takes `context_id` before `context`), and there is none for "any callable".
+
+
 class _Function(Protocol[T_contra, R_co]):
     def __call__(self, task: T_contra, /, *, context: Any, context_id: str) -> R_co: ...
+
+
+class _FunctionOfContext(Protocol[T_contra, R_co]):
+    def __call__(self, task: T_contra, /, *, context: Any) -> R_co: ...
+
+
+class _FunctionOfId(Protocol[T_contra, R_co]):
+    def __call__(self, task: T_contra, /, *, context_id: str) -> R_co: ...
 
 
 class _Method(Protocol[S_contra, T_contra, R_co]):
     def __call__(self, owner: S_contra, task: T_contra, /, *, context: Any, context_id: str) -> R_co: ...
 
 
+class _MethodOfContext(Protocol[S_contra, T_contra, R_co]):
+    def __call__(self, owner: S_contra, task: T_contra, /, *, context: Any) -> R_co: ...
+
+
+# `self`, a task, what is injected, and more.
+_WithMore: TypeAlias = Callable[Concatenate[Any, Any, Any, Any, Any, ...], R]
+
+
 class StatefulFunction(Protocol[T_contra, R_co]):
-    """A function over a task, as its callers see it. `context_id` says which conversation it is, whatever the task."""
+    """A function over a task, as its callers see it. `context_id` names the conversation and overrides the task."""
 
     __name__: str
 
@@ -47,11 +69,15 @@ class StatefulFunction(Protocol[T_contra, R_co]):
 
 
 class StatefulMethod(Protocol[S_contra, T_contra, R_co]):
-    """A method over a task, as its callers see it."""
+    """A method over a task, or a function over two arguments, as its callers see it."""
 
     __name__: str
 
     def __call__(self, owner: S_contra, task: T_contra, /, *, context_id: str | None = None) -> R_co: ...
+    @overload
+    def __get__(
+        self: StatefulMethod[type[C], T, R], owner: C | None, cls: type[C], /
+    ) -> StatefulFunction[T, R]: ...  # of a class method
     @overload
     def __get__(self, owner: None, cls: type[Any], /) -> StatefulMethod[S_contra, T_contra, R_co]: ...
     @overload
@@ -59,14 +85,23 @@ class StatefulMethod(Protocol[S_contra, T_contra, R_co]):
 
 
 class StatefulDecorator(Protocol):
-    """What `stateful(...)` gives."""
+    """What `stateful(...)` returns.
+
+    A handler that takes no task, or further keyword-only arguments without a default, has no type here.
+    """
 
     @overload
     def __call__(self, handler: _Function[T, R], /) -> StatefulFunction[T, R]: ...
     @overload
+    def __call__(self, handler: _FunctionOfContext[T, R], /) -> StatefulFunction[T, R]: ...
+    @overload
+    def __call__(self, handler: _FunctionOfId[T, R], /) -> StatefulFunction[T, R]: ...
+    @overload
     def __call__(self, handler: _Method[S, T, R], /) -> StatefulMethod[S, T, R]: ...
     @overload
-    def __call__(self, handler: Callable[..., R], /) -> Callable[..., R]: ...
+    def __call__(self, handler: _MethodOfContext[S, T, R], /) -> StatefulMethod[S, T, R]: ...
+    @overload
+    def __call__(self, handler: _WithMore[R], /) -> Callable[..., R]: ...
 
 
 class _Unset(Enum):
@@ -85,7 +120,15 @@ _UNSET: Final[Any] = _Unset.UNSET
 @overload
 def stateful(handler: _Function[T, R], /) -> StatefulFunction[T, R]: ...
 @overload
+def stateful(handler: _FunctionOfContext[T, R], /) -> StatefulFunction[T, R]: ...
+@overload
+def stateful(handler: _FunctionOfId[T, R], /) -> StatefulFunction[T, R]: ...
+@overload
 def stateful(handler: _Method[S, T, R], /) -> StatefulMethod[S, T, R]: ...
+@overload
+def stateful(handler: _MethodOfContext[S, T, R], /) -> StatefulMethod[S, T, R]: ...
+@overload
+def stateful(handler: _WithMore[R], /) -> Callable[..., R]: ...
 @overload
 def stateful(
     storage: str | StateStorage | None = None,
@@ -100,8 +143,6 @@ def stateful(
     on_unavailable: Literal["raise", "ephemeral"] | None = None,
     **backend_options: Any,
 ) -> StatefulDecorator: ...
-@overload
-def stateful(handler: Callable[..., R], /) -> Callable[..., R]: ...
 def stateful(
     storage: Any = None,
     *,
@@ -150,9 +191,11 @@ def stateful(
 def _check(settings: Settings) -> None:
     storage: Any = settings.storage
     if storage is not None and not isinstance(storage, str | StateStorage):
-        raise StateConfigError(f"storage is the name of a storage, or a StateStorage object, not {storage!r}")
+        raise StateConfigError(f"storage must be the name of a storage or a storage object, got {storage!r}")
     if isinstance(storage, StateStorage) and settings.options:
-        raise StateConfigError(f"{', '.join(settings.options)}: give this to the {type(storage).__name__} itself")
+        raise StateConfigError(
+            f"{', '.join(settings.options)}: pass this to the {type(storage).__name__} object instead"
+        )
     if settings.context_id is not None and not callable(settings.context_id):
         one_of("context_id", settings.context_id, SHARED_BY)
     if settings.user_id is not None and not callable(settings.user_id):

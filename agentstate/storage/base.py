@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import inf
 from time import monotonic_ns
 
 from ..codec import MAX_VALUE_BYTES
-from ..errors import StateConfigError, StateError, StateTimeoutError, StateUnavailableError
-from ..operations import LONGEST, NEVER, Operation, Outcome
-from .dispatch import Dispatcher
-from .jobs import PENDING, abandoned, settle_rest
-from .renewal import forget_after_fork
+from ..errors import StateConfigError, StateError, StateOutcomeUnknownError, StateTimeoutError, StateUnavailableError
+from ..operations import LONGEST, NEVER, Commit, Listing, Operation, Outcome
 from .tally import TIMED_ONE_IN, Tally
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, ClassVar, Final, Protocol, TypeAlias
+    from typing import Any, ClassVar, Final, TypeAlias
 
     from .statistics import StorageStatistics
-
-    class Answering(Protocol):
-        """What answers come from. Its descriptor is readable when there are more of them; none is waited for after
-        its deadline (`time.monotonic`)."""
-
-        deadline: float
-
-        def fileno(self) -> int: ...
-
 
 Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
 """Called by `execute` with the index of an operation and its outcome, or the error of the one that failed."""
 
-_dispatcher_lock = threading.Lock()
+PENDING: Final[Any] = object()
+"""Stands for an outcome that is not known yet (None is one: an absent context)."""
+
 _alive: Final[weakref.WeakSet[StateStorage]] = weakref.WeakSet()
 
 
@@ -62,33 +51,23 @@ class StateStorage(ABC):
     Raises StateConfigError for an option that makes no sense.
     """
 
-    waits: ClassVar[bool] = True
-    """Whether `execute` may wait for something (disk, network, locks). One that never does is called on the event
+    blocking: ClassVar[bool] = True
+    """Whether `execute` may wait for something (disk, network, locks). Where it never does, it is called on the event
     loop's own thread."""
 
-    groups: ClassVar[int] = 4
-    """How many calls of `execute` are useful at a time; what waits meanwhile is joined into the next one."""
-
-    shares: ClassVar[int] = 1
-    """How many calls of `execute` divide what waits at a time. More than one lets the next be prepared while a server
-    carries out the last; for a disk that is flushed, the larger the group the better."""
+    concurrency: ClassVar[int] = 4
+    """How many calls of `execute` are useful at a time, for each `lane`. What waits meanwhile is joined into the next
+    one."""
 
     largest_group: ClassVar[int] = 1024
     """Operations that are given to `execute` together at most; more would make the first of them wait for the last."""
 
-    says_when_under_way: bool = False
-    """Whether `execute` calls `agentstate.storage.jobs.under_way` when all that it was given is sent (or written), and
-    it will wait. Then one worker carries out group after group (two at a time where the storage can `begin` them), and
-    those who wait for the last one are told when the next is under way, so that the event loop and the server work at
-    the same time. Another worker goes ahead where a group takes long."""
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Decided here, so that no call needs to look whether the shorter way still leads to the same.
-        for other in ("_outcome_of", "begin"):
-            nearest = next(base for base in cls.__mro__ if {"execute", other} & vars(base).keys())
-            if other not in vars(nearest):
-                setattr(cls, other, getattr(StateStorage, other))
+        # `execute_one` is a short way through `execute`: a class that replaces only the latter must not be passed by.
+        nearest = next(base for base in cls.__mro__ if {"execute", "execute_one"} & vars(base).keys())
+        if "execute_one" not in vars(nearest):
+            cls.execute_one = StateStorage.execute_one  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -97,7 +76,12 @@ class StateStorage(ABC):
         max_history: int | None = None,
         max_value_bytes: int = MAX_VALUE_BYTES,
         deadline: float = 5.0,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            from .options import unknown_option  # late: only an error needs it
+
+            raise unknown_option(type(self), next(iter(unknown)))
         self.ttl = None if ttl is None else positive_seconds("ttl", ttl)
         self.max_history = None if max_history is None else positive_integer("max_history", max_history)
         self.max_value_bytes = positive_integer("max_value_bytes", max_value_bytes)
@@ -105,17 +89,9 @@ class StateStorage(ABC):
         self.closed = False
         self.tally = Tally()
         self.telemetry: Any = None  # who is told of calls: see `agentstate.telemetry`
-        self._dispatcher: Dispatcher | None = None
+        self.before_close: list[Callable[[], object]] = []
+        """Called when `close` begins, by whoever has calls for this storage in a queue."""
         _alive.add(self)
-
-    @property
-    def dispatcher(self) -> Dispatcher:
-        """The queue that joins waiting operations on this storage."""
-        dispatcher = self._dispatcher
-        if dispatcher is None:
-            with _dispatcher_lock:
-                dispatcher = self._dispatcher = self._dispatcher or Dispatcher(self)
-        return dispatcher
 
     @abstractmethod
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
@@ -127,16 +103,22 @@ class StateStorage(ABC):
         An operation whose `deadline` has passed is not attempted (StateTimeoutError); lock waits and retries end there.
         """
 
-    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
-        """`execute` in steps, for a backend that sends what it is given and waits for answers; None: not for these.
+    def execute_one(self, operation: Operation) -> Outcome:
+        """`execute` for one operation, whose error is raised. A backend that knows a shorter way overrides it."""
+        outcomes: list[Any] = [PENDING]
+        self.execute((operation,), outcomes.__setitem__)
+        outcome: Outcome | StateError = outcomes[0]
+        if outcome is PENDING:
+            outcome = abandoned(self, operation)
+        if isinstance(outcome, StateError):
+            raise outcome
+        return outcome
 
-        An iterator that yields when all is sent, and whenever it has to wait for more, what it waits for. A step ends
-        where it would wait; the next one is taken, in whatever thread, when there is something to read or the deadline
-        has passed. It may be taken earlier, and waits then. So one thread has several groups on their way, and a server
-        always has one to go on with.
+    def lane(self, operation: Operation) -> Hashable:
+        """What the operation shares with others when it is slow, such as the server that it goes to.
 
-        Used for a storage that `says_when_under_way`, where the platform has `select.poll`; not for a class with an
-        `execute` of its own above this one.
+        Operations of different lanes are never given to `execute` together, and do not use up each other's
+        `concurrency`. Decided without waiting for anything.
         """
         return None
 
@@ -152,8 +134,8 @@ class StateStorage(ABC):
         this first, and then lets go of what is its own.
         """
         if not self.closed:
-            if self._dispatcher is not None:
-                self._dispatcher.wait_until_empty(self.deadline)
+            for finish in self.before_close:
+                finish()
             self.closed = True
 
     def call(self, operation: Operation) -> Outcome:
@@ -167,41 +149,28 @@ class StateStorage(ABC):
         kind = type(operation)
         try:
             # Next to a call that is all in memory, two readings of the clock would be much.
-            if next(tally.alone[kind]) % TIMED_ONE_IN and not self.waits:
-                return self._outcome_of(operation)
+            if next(tally.alone[kind]) % TIMED_ONE_IN and not self.blocking:
+                return self.execute_one(operation)
             began = monotonic_ns()
             try:
-                return self._outcome_of(operation)
+                return self.execute_one(operation)
             finally:
                 tally.took(kind, monotonic_ns() - began)
         except StateError as error:
             tally.failed(error)
             raise
 
-    def _outcome_of(self, operation: Operation) -> Outcome:
-        """`execute` for one operation, whose error is raised.
-
-        A backend that knows a shorter way overrides it; a class with another `execute` than that backend's does
-        without (see `__init_subclass__`).
-        """
-        outcomes: list[Any] = [PENDING]
-        self.execute((operation,), outcomes.__setitem__)
-        outcome: Outcome | StateError = outcomes[0]
-        if outcome is PENDING:
-            outcome = abandoned(self, operation)
-        if isinstance(outcome, StateError):
-            raise outcome
-        return outcome
-
     def carry_out(self, operations: Sequence[Operation]) -> list[Outcome | StateError]:
         """`execute` in this thread, counted, with the outcomes in a list.
 
-        As with `execute`, the caller sees to it that no other thread is at these contexts; `dispatcher` does.
+        As with `execute`, the caller sees to it that no other thread is at these contexts.
         """
         outcomes: list[Any] = [PENDING] * len(operations)
         began = monotonic_ns()
         self.execute(operations, outcomes.__setitem__)
-        settle_rest(self, operations, outcomes, outcomes.__setitem__)
+        for index, outcome in enumerate(outcomes):
+            if outcome is PENDING:
+                outcomes[index] = abandoned(self, operations[index])
         self.tally.note(operations, outcomes, monotonic_ns() - began)
         return outcomes
 
@@ -279,16 +248,28 @@ def now_microseconds() -> int:
     return time.time_ns() // 1000
 
 
+class _Unsettled(Exception):
+    """A backend returned from `execute` without having settled all operations."""
+
+
+def abandoned(storage: StateStorage, operation: Operation, failure: BaseException | None = None) -> StateError:
+    """The outcome of an operation that a backend left open when it failed, or forgot."""
+    failure = failure or _Unsettled(f"{type(storage).__name__}.execute forgot an operation")
+    context_id = None if isinstance(operation, Listing) else operation.context_id
+    message = f"the storage failed: {type(failure).__name__}: {failure}"
+    error: StateError
+    if isinstance(operation, Commit):
+        error = StateOutcomeUnknownError(message, context_id=context_id, commit_id=operation.commit_id)
+    else:
+        error = StateUnavailableError(message, context_id=context_id)
+    error.__cause__ = failure
+    return error
+
+
 def _reset_all_after_fork() -> None:
-    global _dispatcher_lock
-    _dispatcher_lock = threading.Lock()
-    forget_after_fork()
     for storage in list(_alive):
         storage.tally.begin_anew()
-        storage._after_fork()  # before its groups are dropped, which lets go of their connections
-        if storage._dispatcher is not None:
-            storage._dispatcher.crew.forget()
-            storage._dispatcher = None
+        storage._after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork

@@ -80,7 +80,7 @@ class InMemoryStorage(StateStorage):
     long the conversation is; thread-safe.
     """
 
-    waits: ClassVar[bool] = False
+    blocking: ClassVar[bool] = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -105,7 +105,7 @@ class InMemoryStorage(StateStorage):
                 check_deadline(operation)
             return self._execute(operation)
 
-    _outcome_of = _carry_out
+    execute_one = _carry_out
 
     def _execute(self, operation: Operation) -> Outcome:
         if isinstance(operation, Query):

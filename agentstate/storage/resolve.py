@@ -75,13 +75,15 @@ class Image:
         self.start = 0
         self.end = 0
         self.expires: int | None = None
+        if any(self.commits.values()):  # answers may tell what the context held
+            self.commits = {commit_id: _without_content(answer) for commit_id, answer in self.commits.items()}
 
     def lives(self, now: int) -> bool:
         """Whether the context exists and has not expired."""
         return self.exists and (self.expires is None or self.expires > now)
 
     def expire(self, now: int) -> None:
-        """Make an expired context one that does not exist. Its commit ids stay remembered."""
+        """Make an expired context one that does not exist. Its commit ids stay remembered, their answers do not."""
         if self.exists and not self.lives(now):
             self.exists = False
             self._forget_state()
@@ -180,10 +182,10 @@ def resolve(
     `lease` is the token that holds the context's turn now. Call `image.expire(now)` first. Raises StateAccessError,
     TurnLostError or StateConflictError; changes nothing itself.
     """
+    check_owner(image, commit.user, commit.context_id)
     remembered = image.commits.get(commit.commit_id)
     if remembered is not None:
         return _answer_again(remembered, commit)
-    check_owner(image, commit.user, commit.context_id)
     if commit.fence is not None and commit.fence != lease:
         raise TurnLostError(
             f"the turn on {commit.context_id!r} lost its lease; nothing was changed", context_id=commit.context_id
@@ -217,6 +219,11 @@ def only_adds(commit: Commit, image: Image) -> bool:
         if not (isinstance(change, Append) or (isinstance(change, Put) and not change.replace)):
             return False
     return bool(changes)
+
+
+def _without_content(answer: Answer) -> Answer:
+    """What is remembered of an answer once the context is gone: nothing that was stored in it."""
+    return answer if answer in (b"", TRUE, FALSE) else ALREADY_APPLIED
 
 
 def expiry(now: int, ttl: float | None) -> int | None:
@@ -264,7 +271,8 @@ def _answer_again(remembered: Answer, commit: Commit) -> Answer:
 
 def already_applied(commit: Commit) -> NoReturn:
     raise StateConflictError(
-        f"the commit {commit.commit_id!r} is already applied; its answer was too large to keep",
+        f"the commit {commit.commit_id!r} is already applied; its answer was not kept "
+        "(it was too large, or the context is gone since)",
         context_id=commit.context_id,
     )
 
@@ -369,7 +377,8 @@ class _Resolution:
 
     def own(self, change: Own) -> None:
         self.touched = True
-        self.effects.user_id = change.user_id
+        if self.commit.user is None or (self.image.exists and not self.effects.deletes):
+            self.effects.user_id = change.user_id  # else a bound caller makes the context, and owns what it makes
 
     def append(self, change: Append) -> None:
         self.touched = True

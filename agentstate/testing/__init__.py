@@ -14,32 +14,48 @@
             return MyStorage(self.path, **options)
 
 Every test runs through both contexts, the blocking and the awaitable one. Needs pytest and nothing else.
+`agentstate.testing.faults` needs no pytest, so the contract is imported on first use.
 """
 
 from __future__ import annotations
 
-import pytest
+import sys
+from typing import TYPE_CHECKING, Any
 
-pytest.register_assert_rewrite(
-    *(
-        f"{__name__}.{module}"
-        for module in (
-            "commits",
-            "concurrency",
-            "contexts",
-            "harness",
-            "history",
-            "identifiers",
-            "lifetime",
-            "owners",
-            "statistics",
-            "turns",
-            "values",
-            "variables",
-        )
-    )
-)
-
-from .contract import StorageContract  # noqa: E402
+if TYPE_CHECKING:
+    from .contract import StorageContract as StorageContract
 
 __all__ = ["StorageContract"]
+
+# pytest rewrites only the assertions of modules that it is told of before they are imported.
+if "pytest" in sys.modules:
+    import pytest
+
+    pytest.register_assert_rewrite(
+        *(
+            f"{__name__}.{module}"
+            for module in (
+                "commits",
+                "concurrency",
+                "contexts",
+                "harness",
+                "history",
+                "identifiers",
+                "kills",
+                "lifetime",
+                "owners",
+                "statistics",
+                "turns",
+                "values",
+                "variables",
+            )
+        )
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StorageContract":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .contract import StorageContract
+
+    return StorageContract

@@ -229,6 +229,38 @@ class CommitTests(Harness):
         with pytest.raises(StateConflictError):
             context.fork_context("a", "b", commit_id="id-2")
 
+    def test_a_fork_with_a_remembered_id_is_done_even_where_its_source_is_gone(self, context: Context) -> None:
+        fill(context, "a", 2)
+        context.fork_context("a", "b", commit_id="id-1")
+        context.clear_context("a")  # the conversation has been moved
+        context.fork_context("a", "b", commit_id="id-1")
+        assert contents(context, "b") == [0, 1]
+        with pytest.raises(ContextNotFoundError):
+            context.fork_context("a", "c", commit_id="id-1")  # ids are those of the target
+
+    def test_a_remembered_update_does_not_call_the_function_again(self, context: Context) -> None:
+        def take(items: list[int]) -> list[int]:
+            calls.append(items)
+            items.pop()
+            return items
+
+        calls: list[list[int]] = []
+        context.set_variable("a", "todo", [1])
+        assert context.update_variable("a", "todo", take, commit_id="id-1") == []
+        assert context.update_variable("a", "todo", take, commit_id="id-1") == []
+        context.clear_context("a")
+        assert context.update_variable("a", "todo", take, commit_id="id-1") == []
+        assert len(calls) == 1
+        with pytest.raises(IndexError):
+            context.update_variable("a", "todo", take, [], commit_id="id-2")
+
+    def test_an_id_of_another_kind_of_commit_answers_nothing(self, context: Context) -> None:
+        context.set_variable("a", "n", 1, commit_id="id-1")
+        assert context.update_variable("a", "n", lambda _: 2, commit_id="id-1") is None
+        assert context.increment_variable("a", "n", commit_id="id-1") is None
+        assert context.pop_history("a", commit_id="id-1") == []
+        assert context.get_variables("a") == {"n": 1}
+
     def test_a_batch_with_a_remembered_id_is_not_applied_again(self, context: Context) -> None:
         for _ in range(3):
             with context.batch("a", commit_id="id-1") as batch:

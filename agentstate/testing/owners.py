@@ -152,6 +152,44 @@ class OwnerTests(Harness):
             alice.get_variables("a")
         assert context.get_or_create("a", "bob").variables == {"x": 1}
 
+    def test_a_bound_context_owns_what_it_creates_whatever_the_owner_is_set_to(
+        self, connect: Connect, context: Context
+    ) -> None:
+        alice = connect(context.storage, user_id="alice")
+        alice.update_state("a", user_id=None)
+        alice.update_state("b", user_id=None, variables={"x": 1})
+        with alice.batch("c") as batch:
+            batch.clear_context()
+            batch.update_state(user_id=None)
+        for name in "abc":
+            assert context.get_or_create(name).user_id == "alice"
+
+    @pytest.mark.parametrize("cleared", [False, True])
+    def test_a_commit_id_is_of_its_user(self, connect: Connect, context: Context, cleared: bool) -> None:
+        alice, bob = connect(context.storage, user_id="alice"), connect(context.storage, user_id="bob")
+        alice.add_to_history("a", "user", "secret")
+        alice.set_variable("a", "n", 41)
+        assert contents(alice, "a") == ["secret"]
+        assert [message["content"] for message in alice.pop_history("a", commit_id="req-1")] == ["secret"]
+        assert alice.increment_variable("a", "n", commit_id="req-2") == 42
+        calls: list[Callable[[Context], Any]] = [
+            lambda one: one.pop_history("a", commit_id="req-1"),
+            lambda one: one.increment_variable("a", "n", commit_id="req-2"),
+            lambda one: one.update_variable("a", "n", lambda n: n + 1, 0, commit_id="req-2"),
+            lambda one: one.clear_context("a", commit_id="req-3"),
+        ]
+        if cleared:
+            alice.clear_context("a")
+            bob.set_variable("a", "n", 0)  # the id is his now
+            assert [call(bob) for call in calls] == [[], 1, 1, True]
+            assert [call(context) for call in calls[:2]] == [[], 1]
+        else:
+            for call in calls:
+                with pytest.raises(StateAccessError) as caught:
+                    call(bob)
+                assert "secret" not in str(caught.value)
+            assert [call(alice) for call in calls[1:3]] == [42, 42]
+
     def test_listing_and_cleanup_keep_to_the_user(self, connect: Connect, context: Context) -> None:
         alice = connect(context.storage, user_id="alice")
         for name, owner in (("a1", "alice"), ("a2", "alice"), ("b1", "bob"), ("none", None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,24 @@ def same(left: Any, right: Any) -> bool:
 
 
 class ValueTests(Harness):
+    def test_an_integer_that_the_process_may_not_read_is_refused(self, context: Context) -> None:
+        context.set_variable("a", "n", 10**1000)
+        limit = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(640)
+        try:
+            for read in (
+                lambda: context.get_variable("a", "n"),
+                lambda: context.get_variables("a"),
+                lambda: context.get_state("a"),
+                lambda: context.increment_variable("a", "n"),
+                lambda: context.update_variable("a", "n", lambda n: n),
+            ):
+                with pytest.raises(StateSerializationError, match="more digits than this process reads"):
+                    read()
+        finally:
+            sys.set_int_max_str_digits(limit)
+        assert context.increment_variable("a", "n") == 10**1000 + 1
+
     def test_json_values_are_kept_exactly(self, context: Context) -> None:
         values = {f"value {index}": value for index, value in enumerate(EXACT)}
         context.set_variables("a", values)

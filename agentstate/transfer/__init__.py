@@ -1,16 +1,16 @@
-"""Whole contexts from one storage to another, or to an archive and back: exactly as they are, and verified.
+"""Copies whole contexts from one storage to another, or to an archive and back, and verifies each copy.
 
     with open("backup.jsonl", "wb") as file:
         export_contexts(storage, file)
 
     report = migrate(FileStorage(), ValkeyStorage(url="valkey://localhost:6379"))
 
-Owner, times, revision, positions and expiry go along. Every context that was written is read back and compared. What
-is there already and equal is left alone, so a transfer that was interrupted is simply started again; what is there and
-differs is left alone too, and reported. Memory holds a group of contexts at a time, and of a long history a page.
+Owner, times, revision, positions and expiry are kept. Every context that was written is read back and compared. One
+that exists and is equal is skipped, so an interrupted transfer can be started again; one that exists and differs is not
+changed, and reported. Memory holds a group of contexts at a time, and one page of a long history.
 
-`pieces` says what a transfer is made of, `stored` reads storages and `target` writes them, `archived` reads archives
-and `archive` writes them; `compare` tells whether two contexts are the same.
+`pieces` defines the parts of a transfer, `stored` reads storages and `target` writes them, `archived` reads archives
+and `archive` writes them, `compare` compares contexts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-def _unheeded(result: Result) -> None: ...
+def _ignored(result: Result) -> None: ...
 
 
 def migrate(
@@ -50,13 +50,13 @@ def migrate(
     user_id: str | None = None,
     replace: bool = False,
     dry_run: bool = False,
-    progress: Progress = _unheeded,
+    progress: Progress = _ignored,
 ) -> Report:
-    """Copy all contexts, or those of one owner, from a storage to another. The source is only read.
+    """Copy all contexts, or those of one owner, from one storage to another. The source is only read.
 
-    With `replace`, a context that differs in the target is deleted there and written anew. `dry_run` reads and compares
-    and writes nothing. `progress` is told of every context. Contexts that fail are reported, and the others go on;
-    raises StateError only where the source cannot be listed, or a storage cannot be reached any more.
+    With `replace`, a context that differs in the target is deleted and written again, in two steps. `dry_run` reads and
+    compares only. `progress` is called with the result of every context. A context that fails is reported, and the
+    others are copied; raises StateError only where the source cannot be listed or a storage cannot be reached any more.
     """
     return transfer(Stored(source, pages_of_ids(source, user_id)), Target(target, replace, dry_run), progress)
 
@@ -67,11 +67,11 @@ def export_contexts(
     *,
     context_ids: Iterable[str] | None = None,
     user_id: str | None = None,
-    progress: Progress = _unheeded,
+    progress: Progress = _ignored,
 ) -> Report:
     """Write an archive of all contexts, of those with the given ids, or of those of one owner.
 
-    A context is archived as it is at one moment; two of them may be of different moments. Errors as with `migrate`.
+    Each context is archived as it is at one moment, but not all at the same one. Errors as of `migrate`.
     """
     groups = pages_of_ids(source, user_id) if context_ids is None else iter([list(context_ids)])
     return transfer(Stored(source, groups), Archive(file), progress)
@@ -83,10 +83,11 @@ def import_contexts(
     *,
     replace: bool = False,
     dry_run: bool = False,
-    progress: Progress = _unheeded,
+    progress: Progress = _ignored,
 ) -> Report:
-    """Write the contexts of an archive into a storage. Options and errors as with `migrate`.
+    """Write the contexts of an archive to a storage. Options and errors as of `migrate`.
 
-    What is good in a damaged archive is imported; `Report.damage` says what is wrong with it as a whole.
+    The intact contexts of a damaged archive are imported; `Report.damage` says what is wrong with it as a whole.
+    Memory is bounded: lines of more than 64 MiB, or whose values would take more than 512 MiB, are refused.
     """
     return transfer(Archived(file), Target(target, replace, dry_run), progress)

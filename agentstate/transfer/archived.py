@@ -1,4 +1,4 @@
-"""Contexts out of an archive."""
+"""Reading an archive."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, BinaryIO, Final, NoReturn, TypeVar
 
 from .. import codec
 from ..errors import StateCorruptedError, StateError, StateSerializationError
-from ..keys import check_context_id, check_user_id
+from ..keys import MAX_CONTEXT_ID_BYTES, check_context_id, check_user_id
 from ..operations import Snapshot
 from ..state import parse_time, to_microseconds
 from ..storage.base import now_microseconds
-from .archive import ARCHIVE_VERSION
+from .archive import ARCHIVE_VERSION, LARGEST_LINE, check_line
 from .pieces import GROUP_BYTES, LARGEST_GROUP, PAGE, Abandoned, Context, Pages, Progress, Result, Source
 
 T = TypeVar("T")
 
-_MAX_LINE: Final = 2**30
+_PIECE: Final = 2**20
+"""Bytes that are read at a time of a line that is too long."""
 
 _CONTEXT_FIELDS: Final = frozenset(
     (
@@ -30,18 +31,18 @@ _CONTEXT_FIELDS: Final = frozenset(
 
 
 class _BadLine(ValueError):
-    """What is wrong with a line."""
+    """Why a line cannot be used."""
 
 
 class Archived(Source):
-    """Contexts out of an archive. Bad lines are reported, and what is good is given."""
+    """The contexts in an archive. Bad lines are reported; the others are used."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.number = 0
         self.blank = True  # so far
-        self.open: str | None = None  # the context whose history goes on in the next line
-        self.buffered: list[bytes] = []  # messages of its first line that are more than a page
+        self.open: str | None = None  # the context whose history continues in the next line
+        self.buffered: list[bytes] = []  # messages of its first line after the first page
         self.counted = 0  # contexts since the header
         self.expects_end = False
         self.pushed_back: dict[str, Any] | None = None  # a line that was read too early
@@ -66,7 +67,7 @@ class Archived(Source):
                 group, size = [], 0
             if not context.whole:
                 yield context
-                self.buffered = []  # if it was not wanted, neither is what is left of it
+                self.buffered = []  # what nobody asked for
         yield group
 
     def _lines(self, settle: Progress) -> Iterator[dict[str, Any]]:
@@ -80,15 +81,13 @@ class Archived(Source):
             return said
         while True:
             try:
-                line = self.file.readline(_MAX_LINE)
-            except (EOFError, OSError, zlib.error) as error:
-                if isinstance(error, OSError) and not isinstance(error, BadGzipFile):
-                    raise
+                line = self._line()
+            except (EOFError, BadGzipFile, zlib.error):
                 self.problem = f"the compressed data is cut off or damaged after line {self.number:,}"
                 return None
             if not line:
                 if self.blank:
-                    self.problem = "there is nothing in it"  # what wrote it may have failed at once
+                    self.problem = "it is empty"  # the program that wrote it may have failed at once
                 return None
             self.number += 1
             if not line.strip():
@@ -97,15 +96,29 @@ class Archived(Source):
             try:
                 return _parsed(line)
             except _BadLine as error:
-                if not line.endswith(b"\n") and len(line) < _MAX_LINE:
+                if not line.endswith(b"\n"):
                     self.problem = f"it is cut off in line {self.number:,}"
                     return None
                 if settle is None:
                     raise
                 self._report(settle, error, None)
 
+    def _line(self) -> bytes:
+        """The next line. One that is too long is only read to its end, and given with its first and last bytes."""
+        line = self.file.readline(LARGEST_LINE + 1)
+        if len(line) > LARGEST_LINE:
+            piece = line[-1:]
+            while piece and not piece.endswith(b"\n"):
+                piece = self.file.readline(_PIECE)
+            line += piece[-1:]
+        return line
+
     def _report(self, settle: Progress, error: Exception, context_id: object) -> None:
-        name = context_id if isinstance(context_id, str) else f"(line {self.number:,})"
+        name = (
+            context_id
+            if isinstance(context_id, str) and len(context_id) <= MAX_CONTEXT_ID_BYTES
+            else f"(line {self.number:,})"
+        )
         bad = StateCorruptedError(f"line {self.number:,} of the archive: {error}", context_id=name)
         settle(Result(name, "failed", error=bad))
 
@@ -118,9 +131,9 @@ class Archived(Source):
         if "agentstate_archive" in said:
             version = said["agentstate_archive"]
             if version != ARCHIVE_VERSION:
-                raise _BadLine(f"an archive of version {version!r}, which this agentstate does not know: update it")
+                raise _BadLine(f"version {_shown(version)} of the format is unknown: upgrade agentstate")
             if self.expects_end:
-                self.problem = f"an archive in it ends before line {self.number:,} without its last line"
+                self.problem = f"the part before line {self.number:,} is cut off: its last line is missing"
             self.expects_end, self.counted = True, 0
             return None
         if "end" in said:
@@ -133,21 +146,21 @@ class Archived(Source):
             self.counted -= 1
             self.open = None
             return None
-        raise _BadLine(f"it is of no known kind ({', '.join(map(repr, list(said)[:5])) or 'empty'})")
+        raise _BadLine(f"its keys must include 'context_id', got {_shown(list(said)[:5])}")
 
     def _ended(self, end: Any) -> None:
         self.expects_end = False
         expected = end.get("contexts") if isinstance(end, dict) else None
         if expected != self.counted:
             self.problem = (
-                f"line {self.number:,} says that there are {expected!r} contexts, and there are {self.counted:,} (if "
-                "you edited it: an archive may go without its first and its last line)"
+                f"line {self.number:,} counts {_shown(expected)} contexts, but there are {self.counted:,} (in an "
+                "archive that you edited, delete the first and the last line)"
             )
 
     def _skipped(self, said: dict[str, Any]) -> None:
-        """A line that goes on with a context nobody wants: with any other, it is in the wrong place."""
+        """Skip a line that continues a context nobody asked for. Any other one is in the wrong place."""
         if said["continues"] != self.open:
-            raise _BadLine(f"it goes on with {said['continues']!r}, which does not come before it")
+            raise _BadLine(f"it continues {_shown(said['continues'])}, which is not the context before it")
         if not said.get("more"):
             self.open = None
 
@@ -155,15 +168,15 @@ class Archived(Source):
         context_id = check_context_id(said["context_id"])
         more = said.get("more") is True
         if more:
-            self.open = context_id  # first, so that its further lines are known even if this one is bad
+            self.open = context_id  # first, so that its further lines are recognised even if this one is bad
         unknown = sorted(said.keys() - _CONTEXT_FIELDS)
         if unknown:
-            raise _BadLine(f"a context has no field {unknown[0]!r}")
+            raise _BadLine(f"unknown field {_shown(unknown[0])}")
         messages = _messages(said.get("history"))
         start = _natural(said, "history_start", 0)
         count = _natural(said, "messages", len(messages))
         if count < len(messages) or (count > len(messages) and not more):
-            raise _BadLine(f"`messages` is {count:,}, and its history has {len(messages):,}")
+            raise _BadLine(f"`messages` must be {len(messages):,}, the length of its history")
         user_id = said.get("user_id")
         now = now_microseconds()
         snapshot = Snapshot(
@@ -200,7 +213,7 @@ class Archived(Source):
             if said.get("continues") != self.open:
                 self.pushed_back = said
                 self.open = None
-                raise self._broken(context, "its history breaks off, and another line follows")
+                raise self._broken(context, "its history is incomplete: another line follows")
             try:
                 page = _messages(said.get("history"))
             except (_BadLine, StateError) as error:
@@ -215,32 +228,54 @@ class Archived(Source):
         )
 
     def again(self, context: Context) -> Context | None:
-        raise self._broken(context, "its history has not as many messages as its first line says")
+        raise self._broken(context, "its history has fewer or more messages than its first line says")
 
     def damage(self) -> StateCorruptedError | None:
         if self.problem is None and self.expects_end:
             self.problem = "it is cut off: its last line is missing"
-        return None if self.problem is None else StateCorruptedError(f"the archive is not whole: {self.problem}")
+        return (
+            None
+            if self.problem is None
+            else StateCorruptedError(f"the archive is incomplete or damaged: {self.problem}")
+        )
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
+        check_line(line)
+    except ValueError as error:
+        raise _BadLine(str(error)) from None
+    try:
         said = json.loads(line, parse_constant=_refused_constant, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise _BadLine(f"it is not JSON ({error})" if not isinstance(error, _BadLine) else str(error)) from error
+    except _BadLine:
+        raise
+    except UnicodeDecodeError:
+        raise _BadLine("it is not valid UTF-8") from None
+    except RecursionError:
+        raise _BadLine("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"it is not valid JSON ({error})") from None
+    except ValueError:
+        raise _BadLine("it has an integer of too many digits") from None
     if not isinstance(said, dict):
-        raise _BadLine("it is no JSON object")
+        raise _BadLine("it must be a JSON object")
     return said
 
 
+def _shown(value: Any) -> str:
+    """A value of the archive in a message, which must not become as long as the archive."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _refused_constant(name: str) -> NoReturn:
-    raise _BadLine(f"{name} is not JSON")
+    raise _BadLine(f"{name} is not valid JSON")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise _BadLine("an object has a key twice")
+        raise _BadLine("an object has the same key twice")
     return result
 
 
@@ -248,12 +283,12 @@ def _messages(history: Any) -> list[bytes]:
     if history is None:
         return []
     if not isinstance(history, list) or not all(isinstance(message, dict) for message in history):
-        raise _BadLine("`history` is a list of objects")
+        raise _BadLine("`history` must be a list of objects")
     return [_message(message, f"history[{index}]") for index, message in enumerate(history)]
 
 
 def _message(given: dict[str, Any], path: str) -> bytes:
-    """A message as it is; one that was made by hand, with only the fields that must be, is completed."""
+    """A message as it is. One with only some of its fields, made by hand, is completed."""
     if given.keys() < {"role", "content", "timestamp", "metadata"}:
         return codec.message_from_mapping(given, path)
     return _stored(given, path)
@@ -264,13 +299,13 @@ def _stored_values(said: dict[str, Any], name: str) -> dict[str, bytes]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise _BadLine(f"`{name}` is an object")
+        raise _BadLine(f"`{name}` must be an object")
     return {codec.key(key, name): _stored(value, f"{name}.{key}") for key, value in values.items()}
 
 
 def _stored(value: Any, path: str) -> bytes:
     try:
-        return codec.encode(value, path, limit=_MAX_LINE)
+        return codec.encode(value, path, limit=LARGEST_LINE)
     except StateSerializationError as error:
         if not isinstance(error.__cause__, UnicodeEncodeError) and "surrogate" not in str(error):
             raise
@@ -280,7 +315,7 @@ def _stored(value: Any, path: str) -> bytes:
 def _natural(said: dict[str, Any], name: str, default: int) -> int:
     value = said.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _BadLine(f"`{name}` is a whole number, 0 or more")
+        raise _BadLine(f"`{name}` must be a whole number, 0 or more")
     return value
 
 
@@ -291,4 +326,4 @@ def _moment(said: dict[str, Any], name: str, default: T) -> int | T:
     try:
         return to_microseconds(parse_time(text))
     except (TypeError, ValueError, OverflowError):
-        raise _BadLine(f"`{name}` is a time in ISO 8601, like 2026-01-31T12:00:00+00:00") from None
+        raise _BadLine(f"`{name}` must be a time in ISO 8601, such as 2026-01-31T12:00:00+00:00") from None

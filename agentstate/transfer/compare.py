@@ -1,4 +1,4 @@
-"""Whether two contexts are the same, whatever storages they are in."""
+"""Comparing contexts of different storages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ..codec import decode
 from ..operations import Snapshot
 from .pieces import Context, Fate, Pages, Result
 
-_EXPIRY_TOLERANCE: Final = 10_000  # microseconds: Valkey knows milliseconds, and of AgentUp's keys only what is left
+_EXPIRY_TOLERANCE: Final = (
+    10_000  # microseconds: Valkey has milliseconds, and for keys of AgentUp only the remaining time
+)
 
 
 class Measured:
-    """What a history amounts to: how many messages, of how many bytes, and a digest of what they say."""
+    """The number of messages of a history, their bytes, and a digest of their content."""
 
     def __init__(self) -> None:
         self.messages = 0
@@ -24,7 +26,7 @@ class Measured:
         self._digest = sha256()
 
     def watching(self, first: Sequence[bytes], pages: Pages) -> Iterator[bytes]:
-        """The messages of all pages, which are measured as they pass."""
+        """The messages of all pages, measured while they are consumed."""
         for page in chain([first], pages):
             for message in page:
                 self.messages += 1
@@ -39,7 +41,7 @@ class Measured:
 
 
 def measure(snapshot: Snapshot, pages: Pages) -> Measured:
-    """Read a history to its end, and say what it amounts to."""
+    """Read a history to its end and measure it."""
     measured = Measured()
     for _ in measured.watching(snapshot.messages, pages):
         pass
@@ -47,7 +49,7 @@ def measure(snapshot: Snapshot, pages: Pages) -> Measured:
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:
-    """Whether two contexts are the same, as far as they were read."""
+    """Whether two contexts are equal, as far as they were read."""
     return (
         same_head(a, b)
         and len(a.messages) == len(b.messages)
@@ -56,7 +58,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
 
 
 def same_head(given: Snapshot, found: Snapshot) -> bool:
-    """All but the messages. A context without expiry may have got one by the ttl of the other storage."""
+    """Whether all but the messages is equal. A context without expiry may get one by the ttl of the other storage."""
     return (
         (given.user_id, given.created, given.updated, given.revision, given.start, given.end)
         == (found.user_id, found.created, found.updated, found.revision, found.start, found.end)
@@ -75,7 +77,7 @@ def _same_value(a: bytes, b: bytes) -> bool:
 
 
 def _canonical(text: bytes) -> bytes:
-    """One text for all JSON texts of a value: storages may write numbers, escapes and order of keys as they like."""
+    """The same text for all JSON texts of a value: storages may differ in numbers, escapes and order of keys."""
     return json.dumps(decode(text), sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -84,7 +86,7 @@ def _values_size(snapshot: Snapshot) -> int:
 
 
 def result_of(context: Context, fate: Fate, measured: Measured | None = None) -> Result:
-    """What became of a context; `measured` is its history, if that is a long one."""
+    """The result for a context; `measured` is its history, if that is a long one."""
     if measured is None:
         return Result(context.context_id, fate, len(context.snapshot.messages), context.size)
     return Result(context.context_id, fate, measured.messages, measured.size + _values_size(context.snapshot))

@@ -1,4 +1,4 @@
-"""What a transfer is made of: contexts, where they come from and where they go, and what became of them."""
+"""The parts of a transfer: contexts, their source, their sink, and the report."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from ..errors import StateConflictError, StateCorruptedError, StateError, StateT
 from ..operations import Snapshot
 
 PAGE: Final = 500
-"""Messages that are read, compared and written at a time: those of one line of an archive, and of one commit."""
+"""Messages that are read, compared and written at a time: of a line of an archive, and of a commit."""
 
 LARGEST_GROUP: Final = 128
 GROUP_BYTES: Final = 8 * 2**20
-"""How many contexts travel together, and about how many bytes that may be."""
+"""How many contexts are read and written together, and about how many bytes they may have."""
 
 _ATTEMPTS: Final = 5
-"""How often a long context is read anew that somebody else writes to."""
+"""How often a long context is read that changes while it is read."""
 
-_PATIENCE: Final = 20
-"""How many contexts in a row may fail because the storage cannot be reached, until the transfer ends."""
+_MOST_FAILURES: Final = 20
+"""How many contexts in a row may fail because the storage cannot be reached, before the transfer fails."""
 
 _MAX_PROBLEMS: Final = 100
 
 
-# --- what comes of it -----------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------
 
 Fate: TypeAlias = Literal["copied", "unchanged", "conflict", "failed", "gone"]
-"""What became of a context: written; there already, and equal; there, and different; not written for an error; not
-found any more in the source when its turn came (cleared or expired meanwhile)."""
+"""The result for a context: written; exists and is equal; exists and is different; not written because of an error; no
+longer in the source when it was to be read (cleared or expired)."""
 
 
 class Result(NamedTuple):
-    """What became of one context. `size` is the bytes of its values and messages."""
+    """The result for one context. `size` is the bytes of its values and messages."""
 
     context_id: str
     fate: Fate
@@ -44,9 +44,9 @@ class Result(NamedTuple):
 
 @dataclass
 class Report:
-    """What became of all contexts. `problems` are those that failed or conflicted, the first 100 of them.
+    """The numbers of contexts by result. `problems` are the first 100 that failed or conflicted.
 
-    `damage` is what is wrong with an archive as a whole: that it is cut off, for example.
+    `damage` is what is wrong with an archive as a whole, for example that it is cut off.
     """
 
     copied: int = 0
@@ -61,12 +61,12 @@ class Report:
 
     @property
     def contexts(self) -> int:
-        """How many contexts were looked at."""
+        """The number of all contexts."""
         return self.copied + self.unchanged + self.conflict + self.failed + self.gone
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was to be transferred is there now."""
+        """Whether everything that was to be transferred is in the target now."""
         return not self.conflict and not self.failed and self.damage is None
 
     def add(self, result: Result) -> None:
@@ -84,7 +84,7 @@ Progress: TypeAlias = Callable[[Result], None]
 
 
 class Context(NamedTuple):
-    """A context to be transferred. `snapshot.messages` are all of them, or the first ones of a long history."""
+    """A context to transfer. `snapshot.messages` are all of its messages, or the first page of a long history."""
 
     context_id: str
     snapshot: Snapshot
@@ -103,15 +103,15 @@ Pages: TypeAlias = Iterator[Sequence[bytes]]
 
 
 class Changed(Exception):
-    """The context is not any more what its first page said."""
+    """The context changed since its first page was read."""
 
 
 class Abandoned(Changed):
-    """And so the archive takes it back; it may come again."""
+    """The archive revokes the context, which may follow again."""
 
 
 class Source:
-    """Gives contexts: lists of whole ones, and one long one at a time."""
+    """Where contexts come from: lists of whole ones, and long ones one at a time."""
 
     repeatable: ClassVar[bool] = False
     """Whether a context can be read a second time."""
@@ -124,24 +124,24 @@ class Source:
         raise NotImplementedError
 
     def again(self, context: Context) -> Context | None:
-        """The context as it is now, after it changed while it was read."""
+        """The context as it is now, after it changed; None where it does not exist any more."""
         raise NotImplementedError
 
     def damage(self) -> StateCorruptedError | None:
-        """What is wrong with the source as a whole, once everything was read."""
+        """What is wrong with the source as a whole, after everything was read."""
         return None
 
 
 class Sink:
-    """Takes contexts."""
+    """Where contexts go to."""
 
     def take_whole(self, contexts: list[Context]) -> Iterator[Result]:
         raise NotImplementedError
 
     def take_long(self, context: Context, pages: Pages, *, repeatable: bool) -> Result:
-        """Take a long context. Raises what `pages` raises, and has forgotten the context then.
+        """Take a long context. Raises what `pages` raises, after removing what was written of the context.
 
-        May raise Changed to be given the context once more, if it is `repeatable`.
+        May raise Changed to get the context again, if it is `repeatable`.
         """
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class Sink:
 
 
 def transfer(source: Source, target: Sink, progress: Progress) -> Report:
-    """Take everything from `source` to `target`. `progress` is told of every context. Raises StateError."""
+    """Copy everything from `source` to `target`. `progress` is called for every context. Raises StateError."""
     report = Report()
     failures = 0
 
@@ -157,9 +157,9 @@ def transfer(source: Source, target: Sink, progress: Progress) -> Report:
         nonlocal failures
         report.add(result)
         progress(result)
-        # One context may be out of reach for reasons of its own; when so many follow each other, the storage is.
+        # A single context can be unreachable for reasons of its own; so many in a row mean that the storage is.
         failures = failures + 1 if isinstance(result.error, StateUnavailableError | StateTimeoutError) else 0
-        if failures >= _PATIENCE and result.error is not None:
+        if failures >= _MOST_FAILURES and result.error is not None:
             raise result.error
 
     for piece in source.pieces(settle):
@@ -178,13 +178,13 @@ def transfer(source: Source, target: Sink, progress: Progress) -> Report:
 
 
 def _take_long(context: Context, source: Source, target: Sink) -> Result | None:
-    """What became of a long context; None if the archive takes it back."""
+    """The result for a long context; None if the archive revokes it."""
     changing: Context | None = context
     for _ in range(_ATTEMPTS):
         if changing is None:
             return Result(context.context_id, "gone")
         try:
-            if changing.whole:  # by now
+            if changing.whole:  # meanwhile
                 return next(target.take_whole([changing]))
             return target.take_long(changing, source.rest(changing), repeatable=source.repeatable)
         except Abandoned:
@@ -192,7 +192,6 @@ def _take_long(context: Context, source: Source, target: Sink) -> Result | None:
         except Changed:
             changing = source.again(context)
     raise StateConflictError(
-        f"{context.context_id!r} kept changing while it was read, {_ATTEMPTS} times: stop what writes to it, or try "
-        "again later",
+        f"{context.context_id!r} changed each of the {_ATTEMPTS} times it was read: stop what writes to it",
         context_id=context.context_id,
     )

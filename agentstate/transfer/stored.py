@@ -1,4 +1,4 @@
-"""Contexts out of a storage."""
+"""Reading contexts from a storage."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..storage.base import StateStorage
 from .pieces import GROUP_BYTES, LARGEST_GROUP, PAGE, Changed, Context, Pages, Progress, Result, Source
 
 UNFINISHED: Final = "agentstate.transfer"
-"""The metadata key that a long context has while it is being written: an interrupted transfer finds what it left."""
+"""The metadata key of a long context that is being written, by which a later transfer recognises an unfinished one."""
 
 
 def count_contexts(storage: StateStorage, user_id: str | None = None) -> int:
-    """How many contexts a listing of the storage gives."""
+    """The number of contexts, counted by listing them."""
     return sum(map(len, pages_of_ids(storage, user_id)))
 
 
 def perform(storage: StateStorage, operations: Sequence[Operation]) -> list[Outcome | StateError]:
-    """The outcomes of operations that travel together, errors as values. No two may be on the same context."""
+    """The outcomes of operations that are sent together, errors as values. No two may be on the same context."""
     outcomes = storage.carry_out(operations)
     for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, StateTimeoutError) and len(operations) > 1:  # not done: there were too many
+        if isinstance(outcome, StateTimeoutError) and len(operations) > 1:  # not done, since there were too many
             alone = operations[index]._replace(deadline=time.monotonic() + storage.deadline)
             outcomes[index] = perform(storage, [alone])[0]
     return outcomes
@@ -43,7 +43,7 @@ def pages_of_ids(storage: StateStorage, user_id: str | None = None) -> Iterator[
     cursor: str | None = ""
     while cursor is not None:
         page: Any = storage.call(Listing(cursor, user=owner, deadline=time.monotonic() + storage.deadline))
-        yield list(dict.fromkeys(page.context_ids))  # one that is listed twice must not be in a group twice
+        yield list(dict.fromkeys(page.context_ids))  # a listing may repeat an id, a group must not
         cursor = page.cursor
 
 
@@ -76,7 +76,7 @@ class Stored(Source):
                 settle(Result(context_id, "gone"))
             elif UNFINISHED in outcome.metadata:
                 left = StateConflictError(
-                    f"{context_id!r} is the unfinished copy that an interrupted transfer left here: run that again",
+                    f"{context_id!r} is an unfinished copy that an interrupted transfer left: run that transfer again",
                     context_id=context_id,
                 )
                 settle(Result(context_id, "failed", error=left))
@@ -98,13 +98,13 @@ def _next_group_size(size: int, taken: int) -> int:
 
 
 def read_beginnings(storage: StateStorage, context_ids: Sequence[str]) -> list[Snapshot | StateError | None]:
-    """All of several contexts, but of their histories only the first page."""
+    """Several contexts with all their values and the first page of their histories."""
     window = Window(limit=PAGE, first=0)
     return read_contexts(storage, context_ids, variables=None, metadata=None, history=window)
 
 
 def read_one(storage: StateStorage, context_id: str) -> Snapshot | None:
-    """The same of one context. Raises StateError."""
+    """The same for one context. Raises StateError."""
     outcome = read_beginnings(storage, [context_id])[0]
     if isinstance(outcome, StateError):
         raise outcome
@@ -112,7 +112,7 @@ def read_one(storage: StateStorage, context_id: str) -> Snapshot | None:
 
 
 def rest_of(storage: StateStorage, context: Context) -> Pages:
-    """The further pages of its history. Raises StateError, and Changed where it is not the same context any more."""
+    """The further pages of a history. Raises StateError, and Changed where the context changed."""
     before = context.snapshot
     position = before.start + len(before.messages)
     while position < before.end:

@@ -1,25 +1,32 @@
-"""Contexts into a storage."""
+"""Writing contexts to a storage."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from itertools import islice
+from typing import Final
 
 from ..caller import new_commit_id
 from ..errors import StateConflictError, StateError, StateOutcomeUnknownError, StateSerializationError
 from ..operations import Append, Change, Commit, Delete, Drop, Put, Restore, Snapshot, Space
+from ..state import to_microseconds
 from ..storage.base import StateStorage, now_microseconds
 from .compare import Measured, measure, result_of, same, same_head
 from .pieces import PAGE, Changed, Context, Pages, Result, Sink
 from .stored import UNFINISHED, perform, read_beginnings, read_one, rest_of
 
+_LARGEST_COUNT: Final = 10**15  # exact in a double, which is what Lua counts with, with room to grow
+_LATEST_YEAR: Final = 2199
+_LATEST: Final = to_microseconds(datetime(_LATEST_YEAR + 1, 1, 1, tzinfo=UTC))
+
 _logger = logging.getLogger("agentstate.transfer")
 
 
 class Target(Sink):
-    """A storage that contexts are written into, and read back from."""
+    """A storage that contexts are written to and read back from."""
 
     def __init__(self, storage: StateStorage, replace: bool, dry_run: bool) -> None:
         self.storage = storage
@@ -30,7 +37,7 @@ class Target(Sink):
         fitting = []
         for context in contexts:
             try:
-                self._check_sizes(context)
+                self._check_fits(context)
             except StateError as error:
                 yield Result(context.context_id, "failed", error=error)
             else:
@@ -39,7 +46,7 @@ class Target(Sink):
             yield from self._take_fitting(fitting)
 
     def _take_fitting(self, contexts: list[Context]) -> Iterator[Result]:
-        # Written first and compared afterwards: where nothing is there yet, which is usual, that is one step less.
+        # Written first and compared afterwards: usually nothing exists yet, which makes that one step less.
         refusals = [None] * len(contexts) if self.dry_run else self._write(contexts)
         found = read_beginnings(self.storage, [context.context_id for context in contexts])
         for context, refusal, outcome in zip(contexts, refusals, found, strict=True):
@@ -55,12 +62,12 @@ class Target(Sink):
         return [outcome if isinstance(outcome, StateError) else None for outcome in outcomes]
 
     def _judged(self, context: Context, refusal: StateError | None, found: Snapshot | StateError | None) -> Result:
-        """What became of a context, by how its write was refused and what was found afterwards."""
+        """The result for a context, by the error of its write and what was read afterwards."""
         if isinstance(found, StateError):
             return Result(context.context_id, "failed", error=found)
         existed = found is not None and (self.dry_run or isinstance(refusal, StateConflictError))
         if found is not None and same(context.snapshot, found):
-            # Whatever the write's error was: an outcome that was unknown is known now.
+            # Whatever the error of the write was: an unknown outcome is known now.
             return result_of(context, "unchanged" if existed else "copied")
         if existed and found is not None:
             if not self._may_replace(found):
@@ -88,8 +95,19 @@ class Target(Sink):
             return result_of(context, "copied")
         return Result(context.context_id, "failed", error=refusal) if refusal else _unverified(context.context_id)
 
-    def _check_sizes(self, context: Context) -> None:
+    def _check_fits(self, context: Context) -> None:
+        """Raise StateSerializationError for what this storage, or any, would refuse or could not count up from."""
         snapshot = context.snapshot
+        if max(snapshot.revision, snapshot.end) > _LARGEST_COUNT:
+            raise StateSerializationError(
+                f"{context.context_id!r} has a revision or a message position above {_LARGEST_COUNT:,}",
+                context_id=context.context_id,
+            )
+        times = (snapshot.created, snapshot.updated, snapshot.expires or 0)
+        if min(times) < 0 or max(times) > _LATEST:
+            raise StateSerializationError(
+                f"{context.context_id!r} has a time before 1970 or after {_LATEST_YEAR}", context_id=context.context_id
+            )
         for values in (snapshot.variables.values(), snapshot.metadata.values(), snapshot.messages):
             _check_sizes(values, self.storage.max_value_bytes, context.context_id)
 
@@ -103,7 +121,7 @@ class Target(Sink):
     # --- long contexts
 
     def take_long(self, context: Context, pages: Pages, *, repeatable: bool) -> Result:
-        self._check_sizes(context)
+        self._check_fits(context)
         found = read_one(self.storage, context.context_id)
         if found is not None and self._is_worth_comparing(context, found, repeatable):
             measured = measure(context.snapshot, pages)
@@ -125,13 +143,13 @@ class Target(Sink):
         return _unverified(context.context_id)
 
     def _is_worth_comparing(self, context: Context, found: Snapshot, repeatable: bool) -> bool:
-        """Whether to read all of a context just to see whether it is there. What may be replaced need not be."""
+        """Whether to read all of a context to see whether it is equal. One that may be replaced need not be read."""
         if not self._may_replace(found):
             return True
         return (repeatable or self.dry_run) and same_head(context.snapshot, found)
 
     def _holds(self, context: Context, measured: Measured) -> bool:
-        """Whether the context is stored here, with a history of that digest."""
+        """Whether the context is stored here with this history."""
         found = read_one(self.storage, context.context_id)
         if found is None or not same_head(context.snapshot, found):
             return False
@@ -141,10 +159,9 @@ class Target(Sink):
             return False
 
     def _write_long(self, context: Context, pages: Pages) -> Measured:
-        """Write a context by several commits, the last of which has the context's own revision.
+        """Write a context by several commits, the last of which gives it its own revision.
 
-        So there are never more of them than the context itself saw: one that was made by a single commit is written by
-        a single commit.
+        There are never more commits than that revision: a context made by a single commit is written by a single one.
         """
         snapshot = context.snapshot
         rest = snapshot.end - snapshot.start - len(snapshot.messages)
@@ -171,7 +188,7 @@ class Target(Sink):
         return measured
 
     def _forget(self, context_id: str) -> None:
-        """Delete a context that is unfinished. Where this fails, the next run sees that it is, and does it."""
+        """Delete an unfinished context. Where this fails, the next transfer does it."""
         try:
             found = read_one(self.storage, context_id)
             if found is not None and UNFINISHED in found.metadata:
@@ -196,7 +213,7 @@ def _restore(snapshot: Snapshot) -> Restore:
 
 
 def _changes(snapshot: Snapshot) -> tuple[Change, ...]:
-    """What makes an absent context this one."""
+    """The changes that create this context."""
     changes: list[Change] = [_restore(snapshot)]
     if snapshot.variables:
         changes.append(Put(Space.VARIABLES, tuple(snapshot.variables.items())))
@@ -208,32 +225,31 @@ def _changes(snapshot: Snapshot) -> tuple[Change, ...]:
 
 
 def _chunks(messages: Iterator[bytes], first: int, rest: int, further: int) -> Iterator[list[bytes]]:
-    """The messages in one chunk of `first` and `further` ones of nearly the same size; in one if there are no others.
+    """The messages in one chunk of `first` and `further` ones of nearly the same size; in one if `further` is 0.
 
     Raises Changed where there are not as many as there should be.
     """
-    if not further:
-        sizes = [first + rest]
-    else:
-        sizes = [first, *(rest * (i + 1) // further - rest * i // further for i in range(further))]
-    for left, size in zip(range(len(sizes) - 1, -1, -1), sizes, strict=True):
-        chunk = list(islice(messages, size if left else size + 1))  # one too many is found out before the last one
+    for index in range(further + 1):
+        if not further:
+            size = first + rest
+        else:
+            size = rest * index // further - rest * (index - 1) // further if index else first
+        last = index == further
+        chunk = list(islice(messages, size + last))  # one too many is noticed before the last chunk is written
         if len(chunk) != size:
             raise Changed
         yield chunk
 
 
 def _conflict(context_id: str) -> Result:
-    different = StateConflictError(
-        f"{context_id!r} is there already, and different; it was left as it is", context_id=context_id
-    )
+    different = StateConflictError(f"{context_id!r} exists and is different: not changed", context_id=context_id)
     return Result(context_id, "conflict", error=different)
 
 
 def _unverified(context_id: str) -> Result:
     changed = StateConflictError(
-        f"{context_id!r} was written, but reading it back gives something else: another program writes to it, or the "
-        "storage changes what it stores",
+        f"{context_id!r} was written, but reading it back gives something different: another program writes to it, or "
+        "the storage changes what it stores",
         context_id=context_id,
     )
     return Result(context_id, "failed", error=changed)

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from agentstate import __version__
+
 from .figures import Figures
 from .mutations import MUTATIONS, prove
 from .scenarios import SCENARIOS, run_apart
@@ -175,9 +177,7 @@ def _revision() -> str:
     try:
         return "commit " + subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        from importlib.metadata import version
-
-        return f"version {version('agentstate')}"
+        return f"version {__version__}"
 
 
 def replay(name: str, seed: int, scale: float, number: int) -> Figures:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,6 +91,11 @@ def exchange(port: int, text: bytes, patience: float = 5.0) -> bytes:
         except ConnectionError:
             pass
     return got
+
+
+def test_the_proxy_needs_no_pytest() -> None:
+    program = "import sys; from agentstate.testing.faults import FaultProxy; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_proxy_passes_on_and_cuts_where_it_is_told(echo: int) -> None:

@@ -1,14 +1,17 @@
-"""Who may use a folder now: its preparation, the lock on the store as a whole, and those of single files."""
+"""Who may use a folder now: its preparation, the lock on the store as a whole, and those of single contexts."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from ...errors import StateUnavailableError
+from .filesystem import NEW
 from .folder import LOCKS, Folder
-from .locks import FileLock, StoreLock, StripedLocks
+from .locks import FileLock, StripedLocks, native_locks
+from .storelock import StoreLock
+
+_logger = logging.getLogger("agentstate.storage.file")
 
 
 class Access:
@@ -20,16 +23,17 @@ class Access:
         self._begin()
 
     def _begin(self) -> None:
-        locks = self.folder.file(LOCKS)
+        path = self.folder.file(LOCKS)
         self.is_open = False  # whether `open` has succeeded
         self._opening = threading.Lock()
-        self._store = StoreLock(locks, self.exclusive)
-        self._striped = StripedLocks(locks, between_processes=not self.exclusive)
+        self._store = StoreLock(path, self.folder, self.exclusive)
+        self._striped = StripedLocks(path, self.folder, between_processes=not self.exclusive)
 
     def open(self, deadline: float) -> None:
-        """Make the folder and take the lock on the store. Raises StateUnavailableError."""
+        """Create the folder and take the lock on the store. Raises StateUnavailableError."""
         if self.is_open:
             return
+        native_locks()  # imported before a lock is held: the child of a fork could wait for an import for ever
         with self._opening:
             if not self.is_open:
                 self.folder.prepare()
@@ -37,39 +41,31 @@ class Access:
                 self.is_open = True
 
     def lock(self, stem: str) -> FileLock:
-        """The lock for the file of this name, without suffix."""
+        """The lock for the context of this `file_stem`, whatever layout it is kept in."""
         return self._striped.of(stem)
 
-    def acquire(self, lock: FileLock, deadline: float, context_id: str) -> None:
-        """Wait for a lock. Raises StateTimeoutError, StateUnavailableError."""
-        if not self.try_acquire(lock):
-            lock.acquire(deadline, context_id)
+    def remove_unfinished(self, suffix: str, stem_of: Callable[[str], str]) -> None:
+        """Remove what killed processes wrote and did not get to give its name. Raises StateUnavailableError, OSError.
 
-    def try_acquire(self, lock: FileLock) -> bool:
-        """Take a lock if it is free. Raises StateUnavailableError."""
-        try:
-            return lock.try_acquire()
-        except StateUnavailableError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-        # The folder of the locks is gone. Is all of it?
-        self.folder.prepare()
-        return lock.try_acquire()
-
-    @contextmanager
-    def holding(self, stem: str) -> Iterator[bool]:
-        """The lock for the file of this name, if it is free now: says whether it is held."""
-        lock = self.lock(stem)
-        if not self.try_acquire(lock):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        `suffix`: of the names that finished files have. `stem_of`: from a name without it to the context's `file_stem`.
+        """
+        folder = self.folder
+        suffix += NEW
+        for name in [name for name in folder.fs.names(folder.path) if name.endswith(suffix)]:
+            lock = self.lock(stem_of(name.removesuffix(suffix)))
+            if not lock.try_acquire():
+                continue
+            try:
+                folder.fs.unlink(folder.file(name))
+            except FileNotFoundError:  # it was finished meanwhile
+                pass
+            except OSError as error:
+                _logger.warning("%s, left by a killed process, could not be removed: %s", folder.file(name), error)
+            finally:
+                lock.release()
 
     def close(self, deadline: float) -> None:
-        """Let go of everything, once no thread holds a lock; after `deadline`, of what is not held."""
+        """Release everything, once no thread holds a lock; after `deadline`, what is not held."""
         self.is_open = False
         self._striped.close(deadline)
         self._store.close()

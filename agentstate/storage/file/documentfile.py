@@ -48,7 +48,7 @@ def context_of_document(folder: Folder, stem: str) -> str | None:
     try:
         if document_stem(stem) == stem:
             return stem
-        from ..document import document_id
+        from ..documentformat import document_id
 
         data = read_document_file(folder, stem, None)
         context_id = None if data is None else document_id(data)

@@ -1,4 +1,4 @@
-"""The document layout in a folder: one plain JSON document per context, exactly as AgentUp writes it."""
+"""The layout "document": one plain JSON document per context, exactly as AgentUp writes it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 from typing import Any
 
 from ...errors import StateConflictError, StateError, StateOutcomeUnknownError
-from ...keys import document_stem
-from ...operations import Page
+from ...keys import document_stem, file_stem
+from ...operations import Listing, Page
 from ..document import DocumentStorage, DocumentUpdate
 from .access import Access
 from .documentfile import DOCUMENT, context_of_document, is_log_there, read_document_file
-from .filesystem import NEW, unavailable, write_whole
-from .folder import NamePages
+from .filesystem import unavailable, write_whole
+from .names import NamePages
 
 _logger = logging.getLogger("agentstate.storage.file")
 
 
 class DocumentFiles(DocumentStorage):
-    """The documents of one folder. Beside AgentUp, which knows no locks, it is correct among our own writers only."""
+    """The documents of one folder. AgentUp takes no locks: only agentstate's own writers are kept from each other."""
 
     def __init__(self, access: Access, fsync: str, **options: Any) -> None:
         super().__init__(**options)
@@ -34,9 +34,8 @@ class DocumentFiles(DocumentStorage):
         return self._load(document_stem(context_id), context_id)
 
     def _load(self, stem: str, context_id: str) -> bytes | None:
+        self._folder.check()
         data = read_document_file(self._folder, stem, context_id)
-        if data is None:
-            self._folder.check_there()
         if is_log_there(self._folder, context_id):
             raise StateConflictError(
                 f"{context_id!r} has a log in {self._folder.path}: it was converted to layout='log'; "
@@ -47,25 +46,23 @@ class DocumentFiles(DocumentStorage):
 
     def replace_document(self, context_id: str, update: DocumentUpdate, *, deadline: float) -> None:
         self._access.open(deadline)
+        self._access.lock(file_stem(context_id)).run(deadline, context_id, self._replace, context_id, update)
+
+    def _replace(self, context_id: str, update: DocumentUpdate) -> None:
         stem = document_stem(context_id)
-        lock = self._access.lock(stem)
-        self._access.acquire(lock, deadline, context_id)
-        try:
-            current = self._load(stem, context_id)
-            new = update(current)
-            if new is not current:
-                self._store(self._folder.file(stem + DOCUMENT), new, context_id)
-            if new is not None or current is not None:
-                self._sync_names(context_id)
-        finally:
-            lock.release()
+        current = self._load(stem, context_id)
+        new = update(current)
+        if new is not current:
+            self._store(self._folder.file(stem + DOCUMENT), new, context_id)
+        if new is not None or current is not None:
+            self._sync_names(context_id)
 
     def _store(self, path: str, new: bytes | None, context_id: str) -> None:
         try:
             if new is None:
                 self._folder.fs.unlink(path)
             else:
-                write_whole(self._folder.fs, path, (new,))
+                write_whole(self._folder.fs, path, (new,), owner=self._folder.owner)
         except OSError as error:
             raise unavailable(error, "replace", path, context_id) from error
 
@@ -84,25 +81,25 @@ class DocumentFiles(DocumentStorage):
             ) from error
 
     def list_documents(self, cursor: str, size: int, *, deadline: float) -> Page:
-        if not cursor:
-            self._sweep()
+        if self._access.exclusive:
+            self._access.open(deadline)
         names, following = self._names.page(cursor, size)
         stems = (name[: -len(DOCUMENT)] for name in names)
         ids = (context_of_document(self._folder, stem) for stem in stems)
         return Page(tuple(id_ for id_ in ids if id_ is not None and not is_log_there(self._folder, id_)), following)
 
-    def _sweep(self) -> None:
+    def _list(self, listing: Listing) -> Page:
+        if listing.idle_for is not None and not listing.cursor and self._folder.check() is not None:
+            self._access.open(listing.deadline)
+            self._tidy()
+        return super()._list(listing)
+
+    def _tidy(self) -> None:
         """Remove what killed processes did not get to give its name."""
-        folder = self._folder
         try:
-            if not self._access.is_open:
-                return
-            for name in [name for name in folder.fs.names(folder.path) if name.endswith(DOCUMENT + NEW)]:
-                with self._access.holding(name[: -len(DOCUMENT + NEW)]) as mine:
-                    if mine:
-                        folder.fs.unlink(folder.file(name))
+            self._access.remove_unfinished(DOCUMENT, _stem_of_lock)
         except (OSError, StateError) as error:
-            _logger.warning("%s could not be tidied: %s", folder.path, error)
+            _logger.warning("%s could not be tidied: %s", self._folder.path, error)
 
     def close(self) -> None:
         deadline = time.monotonic() + self.deadline
@@ -112,3 +109,8 @@ class DocumentFiles(DocumentStorage):
     def _after_fork(self) -> None:
         super()._after_fork()
         self._access.after_fork()
+
+
+def _stem_of_lock(stem: str) -> str:
+    """The `file_stem` of the context whose `document_stem` this is: a hashed one is the same for both."""
+    return file_stem(stem) if document_stem(stem) == stem else stem

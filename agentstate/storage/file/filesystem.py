@@ -1,7 +1,7 @@
 """The few calls to the file system through which all of the file backend's data goes.
 
-One thin object, so that a test can put itself in between: fail the nth call, record a trace, cut a write short. Locks
-are the exception (`agentstate.storage.file.locks`): what they guard is data, they hold none.
+One thin object, so that a test can put itself in between: fail the nth call, record a trace, cut a write short. Lock
+files are the exception (`agentstate.storage.file.locks`): they hold no data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from ...errors import StateUnavailableError
 
@@ -23,7 +23,6 @@ _ALWAYS: Final = sum(getattr(os, name, 0) for name in _ABSENT_ON_WINDOWS) | geta
 READ: Final = os.O_RDONLY | _ALWAYS
 APPEND: Final = os.O_RDWR | os.O_APPEND | _ALWAYS
 """For a log: read anywhere, write at the end only. Never follows a symbolic link, and never waits for a FIFO."""
-CREATE: Final = APPEND | os.O_CREAT
 CREATE_NEW: Final = APPEND | os.O_CREAT | os.O_EXCL
 UPDATE: Final = os.O_RDWR | os.O_CREAT | _ALWAYS
 
@@ -45,7 +44,7 @@ def _read_at(fd: int, size: int, offset: int) -> bytes:
 
 
 class FileSystem:
-    """The real one. Every method raises OSError as the call beneath does; `sync` and `write` may fall short like it."""
+    """The real one. Every method raises OSError as the system call does; `write` may write less than it was given."""
 
     open = staticmethod(os.open)
     close = staticmethod(os.close)
@@ -67,7 +66,7 @@ class FileSystem:
         def sync(fd: int) -> None:
             import fcntl
 
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync leaves the data in the drive's own cache there
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # on macOS, fsync leaves the data in the drive's own cache
 
     elif hasattr(os, "fdatasync"):
         # What fsync adds are the times. The size is data needed to read the file, which fdatasync does write.
@@ -136,21 +135,47 @@ def can_sync_all() -> bool:
     return version >= (5, 8) and hasattr(_libc()[0], "syncfs")
 
 
-def write_whole(fs: FileSystem, path: str, pieces: Iterable[bytes]) -> os.stat_result:
-    """Put a file with this content in the place of `path`, at once, flushed before it gets the name.
+Owner: TypeAlias = tuple[int, int] | None
+"""User and group to whom created files are given; None where that is who creates them."""
+
+
+def open_for(owner: Owner, open_file: Callable[[str, int, int], int], path: str, flags: int) -> int:
+    """Open a file of the store; one that this creates belongs to `owner`. Raises OSError, and then creates nothing."""
+    fd = open_file(path, flags, FILE_MODE)
+    if owner is not None:
+        status = os.fstat(fd)
+        try:
+            if status.st_uid != owner[0]:
+                os.fchown(fd, *owner)
+        except OSError:
+            os.close(fd)
+            if status.st_size == 0:
+                os.unlink(path)
+            raise
+    return fd
+
+
+def write_whole(
+    fs: FileSystem, path: str, pieces: Iterable[bytes], *, owner: Owner, flush: bool = True
+) -> os.stat_result:
+    """Atomically replace `path` by a file with this content, flushed before it gets the name.
 
     Hold the lock of `path`: whoever writes it writes the same temporary file beside it. Raises OSError, and then
     `path` is as it was.
     """
     temporary = path + NEW
     try:
-        fd = fs.open(temporary, CREATE | os.O_TRUNC, FILE_MODE)
+        # Never into a file that is there already: it may be open elsewhere, or be a link to something else.
+        with suppress(FileNotFoundError):
+            fs.unlink(temporary)
+        fd = open_for(owner, fs.open, temporary, CREATE_NEW)
         try:
             for piece in pieces:
                 view = memoryview(piece)
                 while view:
                     view = view[fs.write(fd, view) :]
-            fs.sync(fd)
+            if flush:
+                fs.sync(fd)
             status = fs.descriptor_stat(fd)
         finally:
             fs.close(fd)

@@ -8,26 +8,28 @@ import stat
 import sys
 import threading
 import time
-from collections import OrderedDict
 from contextlib import suppress
-from heapq import nsmallest
 from typing import Final
 
 from ...errors import StateConfigError, StateUnavailableError
 from ..tally import Tally
-from .filesystem import FOLDER, FOLDER_MODE, FileSystem, system_name, unavailable
+from .filesystem import FOLDER, FOLDER_MODE, FileSystem, Owner, system_name, unavailable
 
 LOCKS: Final = ".locks"
 LEASES: Final = ".leases"
 
 _TICK: Final = 50_000_000  # nanoseconds; file systems count time in steps of up to 10 ms
 
-_NAMES_AT_A_TIME: Final = 8192
-_LISTINGS_AT_A_TIME: Final = 8
+_user_id: Final = getattr(os, "geteuid", lambda: -1)
+_ROOT: Final = 0
 
 
 class Folder:
-    """A folder with the files of contexts, and beside them those of locks and leases."""
+    """A folder with the files of contexts, and beside them those of locks and leases.
+
+    It is known by its device and inode number from the first look on. Another folder under the same path (its disk is
+    not mounted, it was moved away) is another store: an error until a new storage object is made.
+    """
 
     def __init__(self, path: str, fs: FileSystem, tally: Tally) -> None:
         try:
@@ -40,11 +42,12 @@ class Folder:
         self.path = os.path.abspath(path)
         self.fs = fs
         self.tally = tally
-        self.opened = -1  # a descriptor held since before the first write: errors are told to those who were there
+        self.opened = -1  # held since before the first write: the system reports errors to descriptors opened before
+        self.owner: Owner = None  # to whom files that are created are given
         self._identity: tuple[int, int] | None = None
         self._lock = threading.Lock()
         self.names: int | None = None  # when they changed last, if that is known
-        self._unsynced: set[str] = set()  # folders in which others were made, perhaps not for good yet
+        self._unsynced: set[str] = set()  # folders in which others were made that may not be on disk yet
         self.open_files = 0  # of contexts
         self.syncs_begun = 0
         self.syncs_done = 0
@@ -52,26 +55,30 @@ class Folder:
     def file(self, name: str) -> str:
         return f"{self.path}{os.sep}{system_name(name)}"
 
+    # --- the folder itself
+
     def prepare(self) -> None:
-        """Make the folder, if need be, and those in it. Raises StateUnavailableError."""
-        if self._identity is not None:
-            self.check_there()
+        """Create the folder and those in it, unless they exist. Raises StateUnavailableError."""
+        self.check()
         self._unsynced.add(os.path.dirname(self.path))  # a process that made the folder may not have got further
         try:
             self._make(self.path)
-            self._make(self.file(LOCKS))
-            self._make(self.file(LEASES))
+            self.check()
+            self._check_owner()
+            for path in (self.file(LOCKS), self.file(LEASES)):
+                self._make(path, owner=self.owner)
             for parent in list(self._unsynced):
                 with suppress(PermissionError):  # what may not be listed cannot be opened
                     self.fs.sync_folder(parent)
                 self._unsynced.discard(parent)
-            self._found(self.fs.follow(self.path))
             if self.opened < 0 and os.name != "nt":
                 self.opened = self.fs.open(self.path, FOLDER)
         except OSError as error:
+            if isinstance(error, StateUnavailableError):
+                raise
             raise unavailable(error, "use the storage folder", self.path) from error
 
-    def _make(self, path: str, *, has_parent: bool = False) -> None:
+    def _make(self, path: str, *, owner: Owner = None, has_parent: bool = False) -> None:
         parent = os.path.dirname(path)
         try:
             self.fs.make_folder(path, FOLDER_MODE)
@@ -82,47 +89,75 @@ class Folder:
             if has_parent:  # which takes no folders, as /proc does
                 raise
             self._make(parent)
-            self._make(path, has_parent=True)
+            self._make(path, owner=owner, has_parent=True)
         else:
+            if owner is not None:
+                try:
+                    os.chown(path, *owner)
+                except OSError:
+                    os.rmdir(path)
+                    raise
             self._unsynced.add(parent)
 
-    def _found(self, status: os.stat_result) -> None:
-        """Note which folder stands under the path now."""
-        identity = status.st_dev, status.st_ino
-        if identity != self._identity:
-            self.close()
-        self._identity = identity
+    def _check_owner(self) -> None:
+        """Refuse to be the first to use the folder of another user, who could not open what is created in it."""
+        if os.name == "nt" or os.path.lexists(self.file(LOCKS)):
+            return
+        owner, user = self.fs.follow(self.path).st_uid, _user_id()
+        if user not in (_ROOT, owner) and owner != _ROOT:
+            raise StateUnavailableError(
+                f"the storage folder {self.path} belongs to the user with the id {owner}, who could not open what this "
+                f"process (user id {user}) creates in it; run this as that user, or set storage_dir to another folder; "
+                "nothing was done"
+            )
 
-    def look_at_names(self) -> None:
-        """Note when the folder changed last, so that nothing about names needs to be looked up until it does again."""
-        try:
-            changed = self.fs.follow(self.path).st_mtime_ns
-        except OSError:
-            self.names = None
-        else:
-            # A change within the same tick of the clock would not be seen.
-            self.names = changed if changed < time.time_ns() - _TICK else None
+    def check(self) -> os.stat_result | None:
+        """See that the folder is the one that it was; None where it does not exist and never did.
 
-    def check_there(self) -> None:
-        """Tell a file that does not exist from a folder that is gone. Raises StateUnavailableError.
-
-        A folder that nobody has written to may be absent: then there are no contexts.
+        A folder that nobody has written to may be absent: then there are no contexts. Raises StateUnavailableError.
         """
         try:
             status = self.fs.follow(self.path)
         except FileNotFoundError as error:
             if self._identity is None:
-                return
+                return None
             raise StateUnavailableError(
-                f"the storage folder {self.path} has disappeared; bring it back (is its disk mounted?) or restart",
+                f"the storage folder {self.path} has disappeared; bring it back (is its disk mounted?) or restart; "
+                "nothing was done",
             ) from error
         except OSError as error:
             raise unavailable(error, "look into the storage folder", self.path) from error
         if not stat.S_ISDIR(status.st_mode):
             not_one = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             raise unavailable(not_one, "use the storage folder", self.path) from not_one
-        if self._identity is not None:
-            self._found(status)
+        identity = status.st_dev, status.st_ino
+        if self._identity is None:
+            self._identity = identity
+            if _user_id() == _ROOT and status.st_uid != _ROOT:
+                self.owner = status.st_uid, status.st_gid
+        elif identity != self._identity:
+            raise StateUnavailableError(
+                f"the storage folder {self.path} is not the one that it was: its disk is not mounted, or another "
+                "folder has taken its place; bring it back, or restart to use this one; nothing was done"
+            )
+        return status
+
+    # --- its names
+
+    def look_at_names(self) -> None:
+        """Note when the folder changed last, so that nothing about names needs to be looked up until it does again.
+
+        Raises StateUnavailableError where it is another folder.
+        """
+        try:
+            status: os.stat_result | None = self.fs.follow(self.path)
+        except OSError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self._identity:
+            status = self.check()
+        changed = None if status is None else status.st_mtime_ns
+        # A change within the same tick of the clock would not be seen.
+        self.names = changed if changed is not None and changed < time.time_ns() - _TICK else None
 
     def sync(self) -> None:
         """Make what was created, renamed and removed in the folder survive power loss. Raises OSError."""
@@ -156,42 +191,3 @@ class Folder:
         self._lock = threading.Lock()
         self.open_files = 0
         self.close()
-
-
-class NamePages:
-    """Pages of the names in a folder, in their order. The cursor of a page is the last name of the one before.
-
-    A folder itself has no order, so every so many names it is looked through as a whole; what is needed of the names
-    until then is kept in memory, for a few listings at a time.
-    """
-
-    def __init__(self, folder: Folder, suffixes: tuple[str, ...]) -> None:
-        self._folder = folder
-        self._suffixes = suffixes
-        self._known: OrderedDict[str, tuple[list[str], bool]] = OrderedDict()  # by cursor: what follows; is that all?
-
-    def page(self, cursor: str, size: int) -> tuple[list[str], str | None]:
-        """Names with one of the suffixes, and the next cursor. Raises StateUnavailableError."""
-        known = self._known.pop(cursor, None)
-        if known is None:
-            names = self._look(cursor)
-            known = names, len(names) < _NAMES_AT_A_TIME
-        names, complete = known
-        page, rest = names[:size], names[size:]
-        if rest:
-            self._known[page[-1]] = rest, complete
-            while len(self._known) > _LISTINGS_AT_A_TIME:
-                self._known.popitem(last=False)
-        return page, None if complete and not rest else page[-1]
-
-    def _look(self, cursor: str) -> list[str]:
-        folder = self._folder
-        try:
-            names = folder.fs.names(folder.path)
-            wanted = (name for name in names if name > cursor and name.endswith(self._suffixes))
-            return nsmallest(_NAMES_AT_A_TIME, wanted)
-        except FileNotFoundError:
-            folder.check_there()
-            return []
-        except OSError as error:
-            raise unavailable(error, "list", folder.path) from error

@@ -16,7 +16,9 @@ from functools import cache
 from typing import Any
 
 from ...operations import Lease
-from .filesystem import FILE_MODE, READ, UPDATE, FileSystem
+from .filesystem import READ, UPDATE, open_for
+from .folder import Folder
+from .locks import FileLock
 
 _LARGEST = 4096
 
@@ -24,9 +26,10 @@ _LARGEST = 4096
 class Leases:
     """The leases in one folder. Raises OSError; hold the context's lock."""
 
-    def __init__(self, folder: str, fs: FileSystem) -> None:
-        self.folder = folder
-        self._fs = fs
+    def __init__(self, path: str, folder: Folder) -> None:
+        self.path = path
+        self._folder = folder
+        self._fs = folder.fs
 
     def carry_out(self, stem: str, lease: Lease) -> bool:
         """Take, renew or release. Whether `lease.token` holds the lease now (held it)."""
@@ -63,7 +66,7 @@ class Leases:
             "seconds": lease.seconds,
             "boot": _boot(),
         }
-        fd = self._fs.open(self._path(stem), UPDATE | os.O_TRUNC, FILE_MODE)
+        fd = open_for(self._folder.owner, self._fs.open, self._path(stem), UPDATE | os.O_TRUNC)
         try:
             self._fs.write(fd, json.dumps(said).encode() + b"\n")
         finally:
@@ -73,15 +76,19 @@ class Leases:
         with suppress(FileNotFoundError):
             self._fs.unlink(self._path(stem))
 
-    def remove_ended(self, locked: Callable[[str], Any]) -> None:
-        """Remove the files of leases that ended with their holders. `locked` gives a context's lock for a stem."""
-        for name in list(self._fs.names(self.folder)):
-            with locked(name) as mine:
-                if mine and self.holder(name) is None:
+    def remove_ended(self, lock_for: Callable[[str], FileLock]) -> None:
+        """Remove the files of leases that ended with their holders. `lock_for` gives a context's lock by its stem."""
+        for name in list(self._fs.names(self.path)):
+            if not (lock := lock_for(name)).try_acquire():
+                continue
+            try:
+                if self.holder(name) is None:
                     self._remove(name)
+            finally:
+                lock.release()
 
     def _path(self, stem: str) -> str:
-        return os.path.join(self.folder, stem)
+        return os.path.join(self.path, stem)
 
 
 def _now() -> int:

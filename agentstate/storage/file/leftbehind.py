@@ -17,7 +17,7 @@ from .filesystem import unavailable
 from .folder import Folder
 
 if TYPE_CHECKING:
-    from ..document import Document
+    from ..documentformat import Document
 
 ADOPTED: Final = ".adopted"
 """What is appended to the name of a document when a log has taken its place."""
@@ -39,7 +39,7 @@ class LeftDocument:
         data = read_document_file(self.folder, self.stem, self.context_id)
         if data is None:
             return None
-        from ..document import parse_document  # late: there is seldom a document
+        from ..documentformat import parse_document  # late: there is seldom a document
 
         return parse_document(data, self.context_id), _name(data)
 

@@ -73,6 +73,10 @@ class Damage(Exception):
         self.reason = reason
 
 
+class NewerVersion(Damage):
+    """A newer agentstate wrote the log: it is not damaged, and must not be repaired."""
+
+
 # --- seals ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,17 +244,33 @@ def messages_of(line: bytes) -> list[bytes]:
 
 
 def read_header(data: bytes, seed: int) -> dict[str, Any]:
-    """What the header of a log that begins with `data` says. Raises Damage."""
+    """What the header of a log that begins with `data` says. Raises NewerVersion, Damage."""
     line, newline, _ = data.partition(b"\n")
+    check_version(line, seed)
     if not newline or not is_sealed(line, seed, 0):
-        raise Damage(0, "the first line is no valid header of this context's log")
+        raise Damage(0, "the first line is not a valid header of this context's log")
     try:
         said = fields(line)
     except ValueError as error:
         raise Damage(0, str(error)) from error
     if said.get("agentstate") != VERSION or "id" not in said:
-        raise Damage(0, f"it is a log of version {said.get('agentstate')!r}, which this agentstate does not know")
+        raise Damage(0, "the first line is not a header")
     return said
+
+
+_VERSION_OF_HEADER = re.compile(rb'\{"agentstate":(\d+)')
+
+
+def check_version(header_line: bytes, seed: int) -> None:
+    """Raise NewerVersion where the header of a log says that a newer agentstate wrote it, in whatever format.
+
+    A header that would be sealed if it said the known version is damaged.
+    """
+    match = _VERSION_OF_HEADER.match(header_line)
+    if match is None or int(match[1]) <= VERSION:
+        return
+    if not is_sealed(b'{"agentstate":%d%b' % (VERSION, header_line[match.end() :]), seed, 0):
+        raise NewerVersion(0, f"a log of format version {int(match[1])}, which a newer agentstate wrote")
 
 
 # --- writing lines --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from zlib import crc32
 
-from ...operations import ALREADY_APPLIED, REMEMBERED_COMMITS, Answer, Append, Commit, Space
+from ...operations import ALREADY_APPLIED, REMEMBER_CLEARED, REMEMBERED_COMMITS, Answer, Append, Commit, Space
 from ..resolve import Effects, Image, ReadMessages
 from .logformat import (
     APPEND_LINE,
@@ -42,6 +42,9 @@ _UNREAD_COMMITS: Final = 16
 
 _GARBAGE_UNHEEDED: Final = 64 * 1024
 """Bytes; a file with less superseded data is never rewritten."""
+
+_REMEMBER: Final = int(REMEMBER_CLEARED * 1_000_000)
+"""Microseconds for which the commit ids of a context that is gone are kept."""
 
 _NOTHING: Final[dict[str, bytes]] = {}
 
@@ -121,6 +124,14 @@ class LogImage(Image):
             setattr(self, name, getattr(other, name))
         self.variables, self.metadata = dict(other.variables), dict(other.metadata)
         self.commits = dict(other.commits)
+
+    def after_expiry(self) -> LogImage:
+        """What is left of the context once it has expired, or is cleared: nothing but commit ids, for some time."""
+        left = LogImage(self.context_id)
+        left.commits = dict(self.commits)
+        left._forget_state()
+        left.forget = self.updated + _REMEMBER if self.exists else self.forget
+        return left
 
     # --- replay
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from ...errors import StateConflictError, StateCorruptedError, StateError, StateUnavailableError
 from ...operations import Listing, Page
 from ..base import check_deadline, concerns_one_context, now_microseconds
 from ..resolve import Image
+from .access import Access
 from .documentfile import DOCUMENT, context_of_document, is_log_there
-from .filesystem import NEW
-from .folder import NamePages
-from .logfile import SUFFIX, context_of_log, log_file
+from .leases import Leases
 from .logimage import LogImage
 from .logreader import LogReader
-
-if TYPE_CHECKING:
-    from .loglayout import LogLayout
+from .logview import SUFFIX, LogView, context_of_log
+from .names import NamePages
 
 _logger = logging.getLogger("agentstate.storage.file")
 
@@ -25,14 +22,19 @@ _logger = logging.getLogger("agentstate.storage.file")
 class LogListing:
     """The listing of one folder: of the contexts in logs, and of those in documents that AgentUp left."""
 
-    def __init__(self, layout: LogLayout) -> None:
-        self._layout = layout
-        self._names = NamePages(layout.folder, (SUFFIX, DOCUMENT))
+    def __init__(self, access: Access, leases: Leases) -> None:
+        self._access = access
+        self._folder = access.folder
+        self._leases = leases
+        self._names = NamePages(access.folder, (SUFFIX, DOCUMENT))
 
     def page(self, listing: Listing) -> Page:
         """Raises StateUnavailableError."""
-        if not listing.cursor and listing.idle_for is not None:
-            self._sweep()
+        access = self._access
+        if access.exclusive or (listing.idle_for is not None and self._folder.check() is not None):
+            access.open(listing.deadline)
+        if not listing.cursor and listing.idle_for is not None and access.is_open:
+            self._tidy()
         names, cursor = self._names.page(listing.cursor, listing.size)
         ids = (self._listed(name, listing) for name in names)
         return Page(tuple(context_id for context_id in ids if context_id is not None), cursor)
@@ -44,17 +46,17 @@ class LogListing:
             context_id = self._context_in(name)
             if context_id is None:
                 return None
-            image = self._glance(name, context_id) if listing.user is None else None
-            if image is None:
-                log = log_file(self._layout.folder, context_id)
+            image = self._glance(name, context_id)
+            if image is None or (image.exists and listing.user is not None):
+                view = LogView(self._folder, context_id)
                 try:
-                    image = log.refresh()
+                    image = view.refresh()
                 finally:
-                    log.reader.close()
+                    view.reader.close()
         except (StateCorruptedError, StateConflictError, StateUnavailableError) as error:
             if not concerns_one_context(error):
                 raise
-            # It is there, so it is listed; but whose it is and how old, nobody can say.
+            # It is there, so it is listed; but its owner and its age are not known.
             if listing.user is None and listing.idle_for is None and error.context_id is not None:
                 return error.context_id
             _logger.warning("passed over in a listing: %s", error)
@@ -62,45 +64,40 @@ class LogListing:
         return context_id if _belongs(image, listing) else None
 
     def _glance(self, name: str, context_id: str) -> Image | None:
-        """What the last line tells, which is mostly enough: that it exists, when it was updated and expires."""
+        """What the last line says, which is mostly enough: whether it exists, when it was updated and expires."""
         if name.endswith(DOCUMENT):
             return None
-        folder = self._layout.folder
-        reader = LogReader(folder, folder.file(name), context_id)
+        reader = LogReader(self._folder, self._folder.file(name), context_id)
         try:
             reader.open()
             said = reader.last_line()
         except OSError:
-            return None  # the thorough look says why
+            return None  # reading all of it says why
         finally:
             reader.close()
-        if said is None or not ("rev" in said or said.get("checkpoint", 0) > 0):
+        if said is None or not ("rev" in said or "checkpoint" in said):
             return None
-        image = Image()
-        image.exists, image.updated, image.expires = True, said["at"], said.get("expires")
+        image = LogImage(context_id)
+        image.exists = "rev" in said or said["checkpoint"] > 0
+        image.updated, image.expires, image.forget = said["at"], said.get("expires"), said.get("forget")
         return image
 
     def _context_in(self, name: str) -> str | None:
         """Whose log or document the file is; None for a document whose log is there (and listed) as well."""
         if name.endswith(DOCUMENT):
-            context_id = context_of_document(self._layout.folder, name[: -len(DOCUMENT)])
-            return None if context_id is None or is_log_there(self._layout.folder, context_id) else context_id
-        return context_of_log(self._layout.folder, name[: -len(SUFFIX)])
+            context_id = context_of_document(self._folder, name[: -len(DOCUMENT)])
+            return None if context_id is None or is_log_there(self._folder, context_id) else context_id
+        return context_of_log(self._folder, name[: -len(SUFFIX)])
 
-    def _sweep(self) -> None:
+    def _tidy(self) -> None:
         """Remove what killed processes left behind: leases that ended, files that never got their name."""
-        layout = self._layout
-        folder = layout.folder
         try:
-            layout.leases.remove_ended(layout.access.holding)
-            for name in [name for name in folder.fs.names(folder.path) if name.endswith(SUFFIX + NEW)]:
-                with layout.access.holding(name[: -len(SUFFIX + NEW)]) as mine:
-                    if mine:
-                        folder.fs.unlink(folder.file(name))
+            self._leases.remove_ended(self._access.lock)
+            self._access.remove_unfinished(SUFFIX, lambda stem: stem)
         except FileNotFoundError:
             pass
         except (OSError, StateError) as error:
-            _logger.warning("%s could not be tidied: %s", folder.path, error)
+            _logger.warning("%s could not be tidied: %s", self._folder.path, error)
 
 
 def _belongs(image: Image, listing: Listing) -> bool:

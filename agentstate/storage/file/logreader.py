@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Any, Final
 from zlib import crc32
 
-from .filesystem import APPEND, FILE_MODE, READ
+from .filesystem import APPEND, CREATE_NEW, FILE_MODE, READ, open_for
 from .folder import Folder
 from .logformat import (
     APPEND_LINE,
@@ -56,17 +56,24 @@ class LogReader:
     def open(self) -> None:
         """Open the file for appending, or at least for reading."""
         try:
-            self.open_for_appending(APPEND)
+            self.open_for_appending()
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:
                 raise
             self.fd, self.writable = self.folder.fs.open(self.path, READ), False
             self.folder.open_files += 1
 
-    def open_for_appending(self, flags: int) -> None:
+    def open_for_appending(self) -> None:
         """Open the file anew, for appending too."""
         self.close()
-        self.fd, self.writable = self.folder.fs.open(self.path, flags, FILE_MODE), True
+        self.fd, self.writable = self.folder.fs.open(self.path, APPEND, FILE_MODE), True
+        self.folder.open_files += 1
+
+    def create(self) -> None:
+        """Create the file, and open it for appending."""
+        self.close()
+        self.fd = open_for(self.folder.owner, self.folder.fs.open, self.path, CREATE_NEW)
+        self.writable = True
         self.folder.open_files += 1
 
     def close(self) -> None:
@@ -82,7 +89,7 @@ class LogReader:
     def holds(self, seal: bytes, end: int) -> bool:
         """Whether the line before `end` has this seal.
 
-        A new file may have the number of one that was removed; it cannot have the same line at the same place.
+        The number of a file that was removed may be given to a new one, which has another line at this place.
         """
         return self.read(max(0, end - SEAL_SIZE - 1), SEAL_SIZE + 1) == seal + b"\n"
 
@@ -154,11 +161,15 @@ class LogReader:
         return True
 
     def catch_up(self, image: LogImage, size: int) -> None:
-        """Take in what the file has grown by since `image` was read."""
-        begin = image.log_end
+        """Take in what the file has grown by since `image` was read, if it still begins as it did."""
+        known = len(image.seal) + 1 if image.seal else 0
+        begin = image.log_end - known
+        data = self.read(begin, size - begin)
+        if data[:known] != image.seal + b"\n"[:known]:
+            raise Damage(begin, "the last line that was known is not there any more")
         damage = None
         try:
-            image.replay(self.read(begin, size - begin), begin)
+            image.replay(data[known:], image.log_end)
         except Damage as error:
             damage = error
         if image.log_end < size:

@@ -17,12 +17,14 @@ from ...errors import (
 from ..base import concerns_one_context
 from .documentfile import DOCUMENT, context_of_document
 from .filesystem import unavailable, write_whole
-from .folder import Folder, NamePages
+from .folder import Folder
 from .leftbehind import LeftDocument
-from .logfile import SUFFIX, LogFile, context_of_log, log_file
+from .logfile import LogFile
 from .logformat import Damage, fields, is_sealed, seal_ends
 from .logimage import LogImage
 from .logreader import LogReader
+from .logview import SUFFIX, LogView, context_of_log
+from .names import NamePages
 
 DAMAGED: Final = ".damaged"
 """What is appended to the name of a damaged log once its intact part has taken its place."""
@@ -67,7 +69,7 @@ def problems(folder: Folder) -> Iterator[Problem]:
                     reason = None if context_id is None else _examine_document(folder, context_id)
                 else:
                     context_id = context_of_log(folder, name[: -len(SUFFIX)])
-                    reason = None if context_id is None else examine(log_file(folder, context_id))
+                    reason = None if context_id is None else examine(LogView(folder, context_id))
             except (StateCorruptedError, StateUnavailableError) as error:
                 if not concerns_one_context(error):
                     raise
@@ -84,7 +86,7 @@ def _examine_document(folder: Folder, context_id: str) -> str | None:
     return None
 
 
-def examine(log: LogFile) -> str | None:
+def examine(log: LogView) -> str | None:
     """What is wrong with a log, as a whole; None if nothing is. Raises StateUnavailableError."""
     try:
         return _damage_of(log)
@@ -92,7 +94,7 @@ def examine(log: LogFile) -> str | None:
         return str(error)
 
 
-def _damage_of(log: LogFile) -> str | None:
+def _damage_of(log: LogView) -> str | None:
     """What is damaged in a log. Raises StateConflictError where another program's document is beside it."""
     try:
         image = log.refresh()
@@ -156,7 +158,7 @@ def repair(log: LogFile) -> Repair:
             raise StateCorruptedError(NO_PART.format(log.left.path), context_id=log.context_id) from error
         data = b"".join(_all_of(log.reader))
         original = _name_beside(log, data)
-        write_whole(log.folder.fs, original, (data,))
+        write_whole(log.folder.fs, original, (data,), owner=log.folder.owner)
         log.folder.sync()  # or a power cut could undo this name, and not that of the log that is to take its place
     except OSError as error:
         raise unavailable(error, "set aside", log.path, log.context_id) from error

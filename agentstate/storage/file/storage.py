@@ -63,15 +63,14 @@ class FileStorage(StateStorage):
         access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
-            self.says_when_under_way = True
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
-            self._one = self._layout.outcome_of
+            self._one = self._layout.execute_one
         else:
             from .documents import DocumentFiles
 
             self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
             self._layout.tally = self.tally
-            self._one = self._layout._outcome_of
+            self._one = self._layout.execute_one
 
     @property
     def storage_dir(self) -> str:
@@ -95,12 +94,12 @@ class FileStorage(StateStorage):
         from dataclasses import replace
 
         on_contexts = sum(counted.operations.values()) - counted.operations["listing"]
-        return replace(counted, cache=self._layout.cache(on_contexts))
+        return replace(counted, cache=self._layout.cache_statistics(on_contexts))
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.file", "db.namespace": os.path.basename(self._folder.path)}
 
-    def _outcome_of(self, operation: Operation) -> Outcome:
+    def execute_one(self, operation: Operation) -> Outcome:
         if self.closed:
             self.check_open()
         return self._one(operation)

@@ -14,7 +14,8 @@ from typing import Any, Final
 from ...errors import StateCorruptedError, StateOutcomeUnknownError, StateTimeoutError
 from ...keys import KeySpace
 from ...operations import NEVER, Page
-from ..document import DocumentStorage, DocumentUpdate, document_id
+from ..document import DocumentStorage, DocumentUpdate
+from ..documentformat import document_id
 from .failures import failure, passes, pauses, repeat
 from .listing import checked, scan_page
 from .nodes import Servers

@@ -17,9 +17,7 @@ from ...errors import (
     TurnLostError,
 )
 from ...operations import NEVER, Answer, Commit, Lease, Outcome, Query
-from ..crew import PATIENCE
-from ..document import Document, parse_document
-from ..jobs import at_once, held_up, under_way
+from ..documentformat import Document, parse_document
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .failures import failure, passes, pauses
 from .nodes import ASKING, Pool, takes_over
@@ -38,6 +36,8 @@ from .wire import Connection, LostConnectionError, ServerError, Several, command
 if TYPE_CHECKING:
     from ..base import Settle
     from .loglayout import LogLayout
+
+PATIENCE: Final = 0.02
 
 _AGAIN: Final[Any] = object()
 """Stands for the outcome of an operation that has to be sent again."""
@@ -92,7 +92,6 @@ class Execution:
                 now = monotonic()
                 # An attempt with less time than the last one took would fail for that alone, and hide what is wrong.
                 needed = min(now - began, 0.05)
-                held_up(self.settle)
                 sleep(max(0.0, min(end - now, next(waits))))
 
     def _in_time(self, todo: list[int], needed: float) -> tuple[float, list[int]]:
@@ -182,7 +181,6 @@ class Execution:
         try:
             connection = pool.acquire_idle(end)
             if connection is None:
-                held_up(self.settle)
                 connection = pool.acquire(end, patience)
         except (LostConnectionError, ServerError, StateError) as error:
             for group in (reads, *groups):
@@ -200,10 +198,9 @@ class Execution:
             for group in rest:
                 sent.append(group)
                 connection.send(self._packed(group, stamp))
-            under_way(self.settle)
             for start in range(0, len(reads), GROUP):
                 yield from connection.reply()
-                with at_once(self.settle):
+                if True:
                     for index in reads[start : start + GROUP]:
                         query = cast(Query, self.operations[index])
                         outcome = outcome_of(query, connection.read_some(reply_count(query)))
@@ -227,7 +224,7 @@ class Execution:
                     reply = self._reply(connection, group)
                 answered += 1
                 if not isinstance(reply, ServerError):
-                    with at_once(self.settle):
+                    if True:
                         self.answered(pool, group, reply, again, confirmed)
                 else:
                     self._failed(reply, group, again)

@@ -20,15 +20,14 @@ looked up only where they may be known; the hash's ``guard`` says until when cop
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...keys import KeySpace
 from ...operations import NEVER, Commit, Lease, Listing, Operation, Outcome, Page, Query
-from ..document import parse_document
-from ..jobs import delays_others, for_others
+from ..documentformat import parse_document
 from .execution import Execution
 from .failures import repeat
 from .listing import Listed, chosen, scan_page
@@ -50,7 +49,7 @@ from .script import (
 from .wire import bulk, command, number
 
 if TYPE_CHECKING:
-    from ..base import Answering, Settle
+    from ..base import Settle
 
 
 class Names(NamedTuple):
@@ -89,18 +88,12 @@ class LogLayout:
         listings = [index for index in others if type(operations[index]) is Listing]
         if listings:
             others = [index for index in others if type(operations[index]) is not Listing]
-        if is_lone(operations) and not listings and not delays_others(settle):
-            carry_out(self, cast(Sequence[OnContext], operations), settle, looks=not for_others(settle))
+        if is_lone(operations) and not listings:
+            carry_out(self, cast(Sequence[OnContext], operations), settle, looks=False)
         elif others:
             Execution(self, cast(Sequence[OnContext], operations), settle).run(others)
         for index in listings:
             settle(index, self._list(cast(Listing, operations[index])))
-
-    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
-        """`execute` in steps; None if there are listings among the operations."""
-        if any(type(operation) is Listing for operation in operations):
-            return None
-        return Execution(self, cast(Sequence[OnContext], operations), settle).steps([*range(len(operations))])
 
     def call(self, operation: Operation) -> Outcome:
         """Carry out one operation, and return its outcome or raise its error."""
@@ -108,7 +101,7 @@ class LogLayout:
         if type(operation) is Listing:
             outcomes[0] = self._list(operation)
         else:
-            carry_out(self, (cast(OnContext, operation),), outcomes.__setitem__, looks=True)
+            carry_out(self, (cast(OnContext, operation),), outcomes.__setitem__, looks=False)
         outcome: Outcome | StateError = outcomes[0]
         if isinstance(outcome, StateError):
             raise outcome

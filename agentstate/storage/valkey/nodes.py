@@ -324,8 +324,7 @@ class Servers:
         try:
             from valkey import connection as classes
         except ImportError as error:
-            hint = "pip install 'agentstate[valkey]'"
-            raise StateConfigError(f"the valkey backend needs the package valkey: {hint}") from error
+            raise StateConfigError("the valkey backend needs the package valkey: pip install valkey") from error
         options = {name: value for name, value in self.target.options.items() if name.startswith(("ssl_", "socket_"))}
         if address.path:
             return open_connection(partial(classes.UnixDomainSocketConnection, path=address.path), deadline, greeting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
@@ -18,7 +18,6 @@ from .url import Address, check_options, read_url
 from .wire import Connection, ServerError
 
 if TYPE_CHECKING:
-    from ..base import Answering
     from ..statistics import StorageStatistics
 
 _logger = logging.getLogger("agentstate.storage.valkey")
@@ -46,7 +45,6 @@ class ValkeyStorage(StateStorage):
     Times, ttl and cleanup go by the server's clock. Connects at the first operation. Raises StateConfigError.
     """
 
-    shares = 2
     largest_group = 512
 
     def __init__(
@@ -75,7 +73,6 @@ class ValkeyStorage(StateStorage):
         keys = KeySpace(key_prefix)
         self._layout: LogLayout | ValkeyDocuments
         if layout == "log":
-            self.says_when_under_way = True
             self._layout = LogLayout(
                 self._servers, keys, ttl=self.ttl, min_replicas=min_replicas, deadline=self.deadline
             )
@@ -98,12 +95,6 @@ class ValkeyStorage(StateStorage):
             return
         self._layout.execute(operations, settle)
 
-    def begin(self, operations: Sequence[Operation], settle: Settle) -> Iterator[Answering] | None:
-        # With a single connection, the next group would have to wait for it.
-        if self.closed or not isinstance(self._layout, LogLayout) or self._servers.max_connections == 1:
-            return None
-        return self._layout.begin(operations, settle)
-
     def expects(self, context_id: str) -> bool:
         # Those that it asks for again: where one is gone, looking first is a round trip more.
         met = self._met
@@ -114,10 +105,10 @@ class ValkeyStorage(StateStorage):
         met.add(context_id)
         return False
 
-    def _outcome_of(self, operation: Operation) -> Outcome:
+    def execute_one(self, operation: Operation) -> Outcome:
         if isinstance(self._layout, LogLayout) and not self.closed:
             return self._layout.call(operation)
-        return super()._outcome_of(operation)
+        return super().execute_one(operation)
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         target = self._servers.target

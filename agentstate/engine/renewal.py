@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
-from ..errors import StateError, StateUnavailableError
-from ..operations import Lease, Outcome
+from ..errors import StateUnavailableError
+from ..operations import Lease
+from .queue import CallBack, Job, engine_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .base import StateStorage
+    from ..storage.base import StateStorage
 
 
 class Renewal:
@@ -32,10 +34,10 @@ class Renewal:
         now = time.monotonic()
         self.due = now + self.lease.seconds / 3
         lease = self.lease._replace(deadline=now + min(self.lease.seconds / 3, self.storage.deadline))
-        self.storage.dispatcher.submit((lease,), self._renewed)
+        engine_of(self.storage).submit(CallBack((lease,), self._renewed))
 
-    def _renewed(self, outcomes: list[Outcome | StateError]) -> None:
-        if outcomes[0] is False:  # taken over: the commit of the turn will find out
+    def _renewed(self, job: Job) -> None:
+        if job.outcomes[0] is False:  # taken over: the commit of the turn will find out
             self.stop()
 
 
@@ -89,7 +91,11 @@ def keep_renewing(storage: StateStorage, lease: Lease) -> Renewal:
     return renewal
 
 
-def forget_after_fork() -> None:
-    """In the child of a fork: its parent's turns are not its own."""
+def _after_fork_in_child() -> None:
+    """The parent's turns are not the child's."""
     global _keeper
     _keeper = _Keeper()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,8 +1,9 @@
-"""The queue that joins waiting operations, in front of storages made to be slow, stuck or broken."""
+"""The engine in front of storages made to be slow, stuck or broken."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
 import time
@@ -17,18 +18,22 @@ from agentstate import (
     FileStorage,
     InMemoryStorage,
     StateOutcomeUnknownError,
+    StateStorage,
     StateUnavailableError,
     SyncConversationContext,
 )
+from agentstate.engine import CallBack, Job, engine_of
 from agentstate.operations import Append, Commit, Delete, Listing, Operation, Query, Window
 from agentstate.storage.base import Settle
+
+INSIDE = ("perform", "_in_this_thread", "_check_entry", "_end_of_run")
 
 
 class Gated(InMemoryStorage):
     """A storage that waits: each `execute` is recorded, and held until its gate opens."""
 
-    waits = True
-    groups = 2
+    blocking = True
+    concurrency = 2
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -39,6 +44,13 @@ class Gated(InMemoryStorage):
         self.calls.append(list(operations))
         assert self.gate.wait(20)
         super().execute(operations, settle)
+
+
+def submit(storage: StateStorage, operations: Sequence[Operation], function: Callable[[list[Any]], object]) -> Job:
+    """Queue a job whose outcomes are passed to a function."""
+    job = CallBack(operations, lambda job: function(job.outcomes))
+    engine_of(storage).submit(job)
+    return job
 
 
 def append(context_id: str, number: int) -> Commit:
@@ -67,12 +79,12 @@ class Collected:
 
 def test_what_waits_while_a_group_is_executed_travels_as_one_group() -> None:
     storage = Gated()
-    storage.groups = 1  # type: ignore[misc]
+    storage.concurrency = 1  # type: ignore[misc]
     done = Collected()
-    storage.dispatcher.submit((append("first", 0),), done.of("first"))
+    submit(storage, (append("first", 0),), done.of("first"))
     eventually(lambda: storage.calls)
     for number in range(20):
-        storage.dispatcher.submit((append(f"c{number}", 0),), done.of(str(number)))
+        submit(storage, (append(f"c{number}", 0),), done.of(str(number)))
     storage.gate.set()
     eventually(lambda: len(done) == 21)
     assert [len(call) for call in storage.calls] == [1, 20]
@@ -82,7 +94,7 @@ def test_operations_of_one_context_are_executed_in_order_and_never_in_two_groups
     storage = Gated()
     done = Collected()
     for number in range(50):
-        storage.dispatcher.submit((append("a", number),), done.of(str(number)))
+        submit(storage, (append("a", number),), done.of(str(number)))
     eventually(lambda: storage.calls)
     time.sleep(0.02)
     assert len(storage.calls) == 1, "a second group began with operations of the same context"
@@ -95,8 +107,8 @@ def test_operations_of_one_context_are_executed_in_order_and_never_in_two_groups
 
 def test_a_stuck_context_does_not_hold_up_the_others() -> None:
     class OneIsStuck(InMemoryStorage):
-        waits = True
-        groups = 2
+        blocking = True
+        concurrency = 2
         freed = threading.Event()
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
@@ -106,10 +118,10 @@ def test_a_stuck_context_does_not_hold_up_the_others() -> None:
 
     storage = OneIsStuck()
     done = Collected()
-    storage.dispatcher.submit((append("stuck", 0),), done.of("stuck"))
+    submit(storage, (append("stuck", 0),), done.of("stuck"))
     time.sleep(0.02)
     for number in range(30):
-        storage.dispatcher.submit((append(f"c{number}", 0),), done.of("other"))
+        submit(storage, (append(f"c{number}", 0),), done.of("other"))
     eventually(lambda: len(done) == 30)
     assert {name for name, _ in done.outcomes} == {"other"}
     storage.freed.set()
@@ -117,50 +129,46 @@ def test_a_stuck_context_does_not_hold_up_the_others() -> None:
 
 
 def test_outcomes_known_early_are_delivered_before_the_group_ends() -> None:
-    class LastOneWaits(InMemoryStorage):
-        waits = True
+    class OneWaits(InMemoryStorage):
+        blocking = True
+        concurrency = 1
         freed = threading.Event()
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
-            super().execute(operations[:-1], settle)
-            assert self.freed.wait(20)
-            super().execute(operations[-1:], lambda _, outcome: settle(len(operations) - 1, outcome))
+            for index, operation in enumerate(operations):
+                if operation == append("c", 0):
+                    assert self.freed.wait(20)
+                super().execute((operation,), lambda _, outcome, index=index: settle(index, outcome))  # type: ignore[misc]
 
-    storage = LastOneWaits()
-    storage.groups = 1  # type: ignore[misc]
+    storage = OneWaits()
     done = Collected()
-    storage.dispatcher.submit_jobs([_callback((append(name, 0),), done.of(name)) for name in ("a", "b", "c")])
+    for name in ("a", "b", "c"):
+        submit(storage, (append(name, 0),), done.of(name))
     eventually(lambda: len(done) == 2)
     assert [name for name, _ in done.outcomes] == ["a", "b"]
     storage.freed.set()
     eventually(lambda: len(done) == 3)
 
 
-def _callback(operations: Sequence[Operation], function: Callable[[list[Any]], None]) -> Any:
-    from agentstate.storage.jobs import CallBack
-
-    return CallBack(operations, function)
-
-
 def test_a_queued_job_can_be_taken_back_and_is_never_executed() -> None:
     storage = Gated()
     done = Collected()
-    storage.dispatcher.submit((append("a", 0),), done.of("running"))
+    submit(storage, (append("a", 0),), done.of("running"))
     eventually(lambda: storage.calls)
-    second = storage.dispatcher.submit((append("a", 1),), done.of("second"))
-    third = storage.dispatcher.submit((append("a", 2),), done.of("third"))
-    assert storage.dispatcher.withdraw(second)
-    assert not storage.dispatcher.withdraw(second), "it was taken back already"
+    second = submit(storage, (append("a", 1),), done.of("second"))
+    third = submit(storage, (append("a", 2),), done.of("third"))
+    assert engine_of(storage).withdraw(second)
+    assert not engine_of(storage).withdraw(second), "it was taken back already"
     storage.gate.set()
     eventually(lambda: len(done) == 2)
     assert [name for name, _ in done.outcomes] == ["running", "third"]
-    assert not storage.dispatcher.withdraw(third), "it is done"
+    assert not engine_of(storage).withdraw(third), "it is done"
 
 
 def test_many_threads_lose_nothing_and_keep_their_order() -> None:
     class Slow(InMemoryStorage):
-        waits = True
-        groups = 2
+        blocking = True
+        concurrency = 2
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
             time.sleep(0.0002)
@@ -187,20 +195,54 @@ def test_many_threads_lose_nothing_and_keep_their_order() -> None:
 
 def test_a_backend_that_breaks_down_leaves_nobody_waiting() -> None:
     class Broken(InMemoryStorage):
-        waits = True
+        blocking = True
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
             raise ZeroDivisionError("a defect")
 
-    context = SyncConversationContext(Broken())
-    with pytest.raises(StateOutcomeUnknownError, match="a defect") as caught:
-        context.set_variable("a", "k", 1)
-    assert caught.value.commit_id
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(StateUnavailableError, match="a defect"):
-        context.get_variable("a", "k")
-    with pytest.raises(StateUnavailableError, match="a defect"):
-        list(context.list_contexts())
+    async def calls() -> None:
+        context = ConversationContext(Broken())
+        with pytest.raises(StateOutcomeUnknownError, match="a defect") as caught:
+            await context.set_variable("a", "k", 1)
+        assert caught.value.commit_id
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        with pytest.raises(StateUnavailableError, match="a defect"):
+            await context.get_variable("a", "k")
+        with pytest.raises(StateUnavailableError, match="a defect"):
+            [name async for name in context.list_contexts()]
+
+    asyncio.run(calls())
+
+
+def test_an_exception_of_others_passes_through_a_blocking_call_untouched() -> None:
+    """A task queue's time limit is raised by a signal handler, in the middle of whatever the main thread does."""
+
+    class TimeLimitError(Exception): ...
+
+    class Slow(InMemoryStorage):
+        blocking = True
+        limited = True
+
+        def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+            if self.limited:
+                signal.raise_signal(signal.SIGUSR1)
+            super().execute(operations, settle)
+
+    def limit(*_: object) -> None:
+        raise TimeLimitError
+
+    storage = Slow()
+    context = SyncConversationContext(storage)
+    before = signal.signal(signal.SIGUSR1, limit)
+    try:
+        for call in (lambda: context.set_variable("a", "k", 1), lambda: context.get_or_create("a")):
+            with pytest.raises(TimeLimitError):
+                call()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    storage.limited = False
+    context.set_variable("a", "k", 2)
+    assert context.get_variable("a", "k") == 2
 
 
 @pytest.fixture
@@ -213,7 +255,7 @@ def no_threads() -> Iterator[Callable[[], object]]:
 
 def test_without_a_thread_calls_are_not_done_and_later_ones_are(no_threads: Callable[[], object]) -> None:
     class Waiting(InMemoryStorage):
-        waits = True
+        blocking = True
 
     async def calls() -> None:
         context = ConversationContext(Waiting())
@@ -224,7 +266,7 @@ def test_without_a_thread_calls_are_not_done_and_later_ones_are(no_threads: Call
         both = await asyncio.gather(context.exists("a"), context.exists("b"), return_exceptions=True)
         assert {type(error) for error in both} == {StateUnavailableError}
         no_threads()
-        assert await asyncio.gather(context.exists("a"), context.exists("b")) == [False, False]
+        assert not any(await asyncio.gather(context.exists("a"), context.exists("b")))
         await context.set_variable("a", "k", 2)
         assert await context.get_variable("a", "k") == 2
 
@@ -254,19 +296,19 @@ def test_a_lease_for_ever_does_not_keep_others_from_being_renewed() -> None:
 
 def test_a_backend_that_forgets_an_operation_is_found_out() -> None:
     class Forgetful(InMemoryStorage):
-        waits = True
+        blocking = True
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
             return
 
     done = Collected()
     storage = Forgetful()
-    storage.dispatcher.submit((Query("a"), Query("a")), done.of("job"))
+    submit(storage, (Query("a"), Query("a")), done.of("job"))
     eventually(lambda: len(done))
     assert all(isinstance(outcome, StateUnavailableError) for outcome in done.outcomes[0][1])
     with pytest.raises(StateUnavailableError, match="forgot an operation"):
         SyncConversationContext(storage).exists("a")
-    storage.waits = False  # type: ignore[misc]
+    storage.blocking = False  # type: ignore[misc]
     with pytest.raises(StateUnavailableError, match="forgot an operation"):
         SyncConversationContext(storage).exists("a")
     with pytest.raises(StateOutcomeUnknownError, match="forgot an operation"):
@@ -302,7 +344,7 @@ def test_a_class_with_an_execute_of_its_own_is_not_passed_by(tmp_path: Path) -> 
 
 def test_keyboard_interrupt_in_the_callers_thread_is_raised_and_frees_the_context() -> None:
     class Interrupted(InMemoryStorage):
-        waits = True
+        blocking = True
         broken = True
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
@@ -323,7 +365,7 @@ def test_listings_do_not_wait_for_one_another() -> None:
     storage = Gated()
     done = Collected()
     for _ in range(2):
-        storage.dispatcher.submit((Listing(),), done.of("listing"))
+        submit(storage, (Listing(),), done.of("listing"))
         time.sleep(0.01)
     eventually(lambda: len(storage.calls) == 2)
     storage.gate.set()
@@ -333,7 +375,7 @@ def test_listings_do_not_wait_for_one_another() -> None:
 def test_closing_waits_for_what_is_under_way_and_refuses_what_comes_later() -> None:
     storage = Gated()
     done = Collected()
-    storage.dispatcher.submit((append("a", 0),), done.of("a"))
+    submit(storage, (append("a", 0),), done.of("a"))
     eventually(lambda: storage.calls)
     threading.Timer(0.05, storage.gate.set).start()
     storage.close()
@@ -345,8 +387,8 @@ def test_closing_waits_for_what_is_under_way_and_refuses_what_comes_later() -> N
 
 def test_a_cleanup_deletes_many_together_and_none_of_them_past_its_deadline() -> None:
     class OnASlowDisk(InMemoryStorage):
-        waits = True
-        groups = 1
+        blocking = True
+        concurrency = 1
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
             deletes = [operation for operation in operations if isinstance(operation, Commit)]
@@ -365,13 +407,13 @@ def test_a_cleanup_deletes_many_together_and_none_of_them_past_its_deadline() ->
 
 
 def test_idle_workers_end_and_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.storage.crew.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("agentstate.engine.queue.IDLE_SECONDS", 0.01)
     storage = Gated()
     storage.gate.set()
     done = Collected()
-    storage.dispatcher.submit((append("a", 0),), done.of("a"))
-    eventually(lambda: len(done) and not storage.dispatcher.crew._workers)
-    storage.dispatcher.submit((append("a", 1),), done.of("a"))
+    submit(storage, (append("a", 0),), done.of("a"))
+    eventually(lambda: len(done) and not engine_of(storage)._threads)
+    submit(storage, (append("a", 1),), done.of("a"))
     eventually(lambda: len(done) == 2)
 
 
@@ -389,7 +431,7 @@ def test_an_interrupt_while_the_storage_is_taken_leaves_it_usable() -> None:
             nonlocal left, interrupted
             if frame.f_code.co_name == "execute":
                 sys.setprofile(None)
-            elif frame.f_code.co_name in ("perform", "_in_this_thread", "work") and event in ("call", "c_return"):
+            elif frame.f_code.co_name in INSIDE and event in ("call", "c_return"):
                 left -= 1
                 if not left:
                     interrupted = True
@@ -398,14 +440,14 @@ def test_an_interrupt_while_the_storage_is_taken_leaves_it_usable() -> None:
 
         sys.setprofile(watch)
         try:
-            storage.dispatcher.perform([append("a", 1)])
+            engine_of(storage).perform([append("a", 1)])
         except KeyboardInterrupt:
             assert interrupted
         finally:
             sys.setprofile(None)
-        assert storage.dispatcher.wait_until_empty(0)
+        assert engine_of(storage).wait_until_empty(0)
         for number in range(10):  # more than could be under way at a time
-            assert storage.dispatcher.perform([append("a", number)])
+            assert engine_of(storage).perform([append("a", number)])
     assert moments > 6
 
 
@@ -421,15 +463,15 @@ def test_an_error_of_what_had_to_wait_for_its_context_is_raised() -> None:
 
     def work() -> None:
         try:
-            storage.dispatcher.call(Query("a"))
+            engine_of(storage).call(Query("a"))
         except StateUnavailableError as error:
             caught.append(error)
 
-    storage.dispatcher.submit((append("a", 1),), lambda outcomes: None)
+    submit(storage, (append("a", 1),), lambda outcomes: None)
     eventually(lambda: storage.calls)
     thread = threading.Thread(target=work)
     thread.start()
-    eventually(lambda: storage.dispatcher._held)
+    eventually(lambda: engine_of(storage)._contexts["a"].behind)
     storage.gate.set()
     thread.join()
     assert [str(error) for error in caught] == ["not today"]
@@ -453,7 +495,7 @@ def test_a_cleanup_goes_on_after_a_conversation_that_cannot_be_deleted() -> None
 
 def test_an_interrupt_while_several_operations_are_executed_is_raised_and_frees_the_context() -> None:
     class Interrupted(InMemoryStorage):
-        waits = True
+        blocking = True
         interrupts = 1
 
         def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
@@ -464,6 +506,6 @@ def test_an_interrupt_while_several_operations_are_executed_is_raised_and_frees_
 
     storage = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        storage.dispatcher.perform((append("a", 1), append("a", 2)))
-    assert storage.dispatcher.perform((append("a", 3), append("a", 4))) == [b"", b""]
+        engine_of(storage).perform((append("a", 1), append("a", 2)))
+    assert engine_of(storage).perform((append("a", 3), append("a", 4))) == [b"", b""]
     assert SyncConversationContext(storage).count_history("a") == 4
