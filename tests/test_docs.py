@@ -37,6 +37,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
@@ -445,8 +446,8 @@ def test_a_turn_of_a_bound_context_reserves_no_id() -> None:
     held = alice.turn("new")
     turn = held.__enter__()
     turn.set_variable("mine", True)
-    with pytest.raises(StateTimeoutError):
-        bob.turn("new", timeout=0.01).__enter__()
+    with ThreadPoolExecutor(1) as other_thread, pytest.raises(StateTimeoutError):
+        other_thread.submit(bob.turn("new", timeout=0.01).__enter__).result()
     bob.set_variable("new", "mine", False)
     with pytest.raises(StateAccessError):
         held.__exit__(None, None, None)
