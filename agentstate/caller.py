@@ -257,10 +257,10 @@ def check_storage(storage: Any) -> StateStorage:
 
 
 def check_commit_id(commit_id: Any) -> str:
-    """`commit_id`, if it can be one: text of 1 to 200 characters of printable ASCII. Raises ValueError otherwise."""
+    """`commit_id`, if it is text of 1 to 200 printable ASCII characters. Raises ValueError otherwise."""
     if isinstance(commit_id, str) and 0 < len(commit_id) <= 200 and commit_id.isascii() and commit_id.isprintable():
         return commit_id
-    raise ValueError(f"a commit_id is text of 1 to 200 printable ASCII characters, not {commit_id!r:.80}")
+    raise ValueError(f"commit_id must be text of 1 to 200 printable ASCII characters, got {commit_id!r:.80}")
 
 
 # --- changes --------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def put(self: Caller, space: Space, context_id: str, key: str, value: Any) -> Pu
 
 def entries(self: Caller, context_id: str, values: Mapping[str, Any], what: str) -> tuple[tuple[str, bytes], ...]:
     if not isinstance(values, Mapping):
-        raise TypeError(f"{what} is a mapping of names to values, not {type(values).__name__}")
+        raise TypeError(f"{what} must be a mapping of names to values, got {type(values).__name__}")
     return tuple(
         (codec.key(name, what, context_id), self._encode(value, f"{what}.{name}", context_id))
         for name, value in values.items()
@@ -331,15 +331,15 @@ def count_or_none(option: str, value: int | None) -> int | None:
 
 def natural(option: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{option} is a whole number, not {type(value).__name__}")
+        raise TypeError(f"{option} must be a whole number, got {type(value).__name__}")
     if value < 0:
-        raise ValueError(f"{option} must not be negative, and is {value}")
+        raise ValueError(f"{option} must not be negative, got {value}")
     return min(value, MOST)
 
 
 def positive(option: str, value: float, *, zero: bool = False, unit: str = "seconds") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{option} is a number of {unit}, not {type(value).__name__}")
+        raise TypeError(f"{option} must be a number of {unit}, got {type(value).__name__}")
     if not 0 <= value < inf or (value == 0 and not zero):
-        raise ValueError(f"{option} is a {'' if zero else 'positive '}number of {unit}, not {value!r}")
+        raise ValueError(f"{option} must be a {'' if zero else 'positive '}number of {unit}, got {value!r}")
     return min(value, LONGEST)

@@ -115,11 +115,11 @@ def decode(text: bytes) -> Any:
 
 def check_digits(error: ValueError) -> None:
     """Raise StateSerializationError where JSON could not be read because of the process's limit for integers."""
-    limited = 0 < sys.get_int_max_str_digits() < MAX_INTEGER_DIGITS
-    if limited and type(error) is ValueError:  # what is wrong with a text is a JSONDecodeError or UnicodeDecodeError
+    limit = sys.get_int_max_str_digits()
+    if type(error) is ValueError and 0 < limit < MAX_INTEGER_DIGITS:  # other faults of a text have errors of their own
         raise StateSerializationError(
-            f"a stored integer has more digits than this process reads ({sys.get_int_max_str_digits():,}): raise the "
-            f"limit by sys.set_int_max_str_digits({MAX_INTEGER_DIGITS})"
+            f"a stored integer has more digits than this process reads ({limit:,}); raise its limit by "
+            f"sys.set_int_max_str_digits({MAX_INTEGER_DIGITS})"
         ) from error
 
 

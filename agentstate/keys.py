@@ -107,7 +107,7 @@ def _hashed(context_id: str) -> str:
 
 
 class Keys(NamedTuple):
-    """The keys of one context, all in one cluster slot."""
+    """The keys of one context: all begin with the prefix, and are in one cluster slot."""
 
     state: str  # hash (or AgentUp's string): the truth
     history: str  # list of messages
@@ -129,21 +129,19 @@ class KeySpace:
                 f"key_prefix {prefix!r} holds braces that are not one hash tag like '{{agents}}:state:'"
             )
         self.prefix = prefix
-        self._tagged = outside != prefix
         self._escaped = _pattern(_ESCAPED_IN_KEY)
 
     def keys(self, context_id: str) -> Keys:
         key = self.prefix + self._escaped.sub(lambda match: _ESCAPES_IN_KEY[match[0]], context_id)
-        # Ids have their braces escaped, so neither form can be the state key of any context.
-        if self._tagged:
-            return Keys(key, key + "{history}", key + "{commits}", key + "{lease}")
-        tagged = "{" + key + "}:"
-        return Keys(key, tagged + "history", tagged + "commits", tagged + "lease")
+        # Ids have their braces escaped, so no state key goes on like this. The first braces hold the hash tag: the key
+        # itself, or the tag of the prefix.
+        others = f"{self.prefix}{{{key}}}:"
+        return Keys(key, others + "history", others + "commits", others + "lease")
 
     def context_id(self, key: str) -> str:
         """The id whose state key `key` would be (its inverse for every key that `keys` gives)."""
         return _pattern(_ESCAPE_IN_KEY).sub(lambda match: chr(int(match[1], 16)), key[len(self.prefix) :])
 
     def pattern(self) -> str:
-        """The glob pattern for SCAN of all state keys."""
-        return re.sub(r"([*?\[\]\\])", r"\\\1", self.prefix) + "*"
+        """The glob pattern for SCAN of all state keys, without the other keys of contexts."""
+        return re.sub(r"([*?\[\]\\])", r"\\\1", self.prefix) + "[^{]*"

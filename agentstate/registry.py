@@ -182,12 +182,12 @@ class _Shared(NamedTuple):
 
 
 _shared: dict[Hashable, _Shared] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may ask for a context while its thread makes one
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread that the child does not have may have held it
+    _lock = threading.RLock()  # a thread that the child does not have may have held it
 
 
 if hasattr(os, "register_at_fork"):
@@ -235,9 +235,10 @@ def shared_context(backend: str, options: Mapping[str, Any], *, blocking: bool) 
         shared = _shared.get(key)
         if shared is None or shared.storage.closed:
             shared = _shared[key] = _Shared(_new_storage(backend, options), {})
-        if blocking not in shared.contexts:
-            shared.contexts[blocking] = new_context(shared.storage, blocking)
-        return shared.contexts[blocking]
+        context = shared.contexts.get(blocking)
+        if context is None:
+            context = shared.contexts.setdefault(blocking, new_context(shared.storage, blocking))
+        return context
 
 
 def new_context(storage: StateStorage, blocking: bool) -> Manager:

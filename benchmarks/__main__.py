@@ -64,9 +64,12 @@ def main() -> None:
         _draw(results, _DOCS)
         return
     results = Results(this_machine(), options.quick)
+    partial = options.output / "partial.json"
     for name in options.only or BENCHMARKS:
         results.reports.append(_measured(name, options.quick, options.disk))
-    results.save(options.output / "partial.json" if options.only or options.quick else complete)
+        results.save(partial)
+    if not options.only and not options.quick:
+        partial.replace(complete)
     (options.output / "figures.md").write_text(all_figures(results))
     _draw(results, options.output)
     print(f"took {sum(report.seconds for report in results.reports) / 60:.1f} minutes; see {options.output}/figures.md")

@@ -19,7 +19,8 @@ _BLOCK: Final = re.compile(r"(<!-- results: ([a-z]+) -->\n).*?(<!-- end -->)", r
 _SIZED: Final = ("append", "read of the last 10")
 """The operations that are measured with messages of several sizes."""
 _LIBRARIES: Final = "libraries"
-"""The benchmark whose rows have a table of their own."""
+_GROWTH: Final = "growth"
+"""The benchmarks whose rows have tables of their own."""
 
 
 def publish(results: Results, docs: Path) -> None:
@@ -81,8 +82,20 @@ def _column_heads(columns: Iterable[tuple[str, int]]) -> str:
     return "|".join(f"{operation}, {size_name(size)}" for operation, size in columns)
 
 
+def _growth(results: Results) -> str:
+    """Operations on long conversations against short ones: a line for each operation, a column for each backend."""
+    rows = [row for report in results.reports if report.name == _GROWTH for row in report.rows]
+    columns = list(dict.fromkeys(row.where for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        at_rest, busy = (in_words(row.conditions[name].ratio) for name in (AT_REST, BUSY))
+        cells.setdefault(row.operation, {})[row.where] = f"{at_rest}; {busy}"
+    lines = ([operation, *(found.get(column, "") for column in columns)] for operation, found in cells.items())
+    return _table("|".join(["operation", *columns]), lines)
+
+
 def _targets(results: Results) -> str:
-    """The rows that have a target."""
+    """The rows that have a target, without those of `growth`."""
     return _table(
         "operation|against|ours, at rest|theirs, at rest|at rest|busy|target|met",
         (
@@ -93,7 +106,7 @@ def _targets(results: Results) -> str:
             ]
             for report in results.reports
             for row in report.rows
-            if row.at_most is not None
+            if row.at_most is not None and report.name != _GROWTH
         ),
     )  # fmt: skip
 
@@ -107,11 +120,11 @@ def _missed(results: Results) -> str:
             [
                 _work(row), row.against,
                 ", ".join(f"{in_words(row.conditions[name].ratio)} {name}" for name in row.missed()),
-                _target(row.at_most), row.why,
+                _target(row.at_most), row.why or "unexplained",
             ]
             for row in rows
         ),
-        *([count.what, "", _value(count), _largest(count), count.why] for count in counts),
+        *([count.what, "", _value(count), _largest(count), count.why or "unexplained"] for count in counts),
     ]  # fmt: skip
     return _table("operation|against|measured|target|why", lines) if lines else "No target is missed."
 
@@ -138,6 +151,7 @@ def _counts(results: Results) -> str:
 BLOCKS: Final[dict[str, Callable[[Results], str]]] = {
     "machine": made_on,
     "costs": _costs,
+    "growth": _growth,
     "targets": _targets,
     "missed": _missed,
     "libraries": _libraries,

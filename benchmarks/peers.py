@@ -66,8 +66,12 @@ class _Ours(Peer):
         raise NotImplementedError
 
     def fill(self, length: int) -> None:
-        for begin in range(0, length, 500):
-            self.context.extend_history("one", [{"role": "user", "content": self.content}] * min(500, length - begin))
+        # The last ones one by one, as agents do: what is appended together is also read together.
+        for begin in range(0, length - 100, 500):
+            count = min(500, length - 100 - begin)
+            self.context.extend_history("one", [{"role": "user", "content": self.content}] * count)
+        for _ in range(min(100, length)):
+            self.append()
 
     def append(self) -> None:
         self.context.add_to_history("one", "user", self.content)

@@ -62,6 +62,7 @@ UNMEASURED: Final = ("contracts", "programs")
 ONE_PYTHON: Final = (
     *(beginning for beginnings in PARTS.values() for beginning in beginnings),
     "test_a2a.py",
+    "test_benchmarks.py",
     "test_config",
     "test_distribution.py",
     "test_document.py",

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from servers import require_server
 
-pytestmark = pytest.mark.exhaustive
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from stores import many
 
 import agentstate.cli
 from agentstate.cli import console, exits
-from agentstate.cli.app import cli
+from agentstate.cli.app import _Log, cli
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateError
 from agentstate.storage.file import FileStorage
@@ -298,6 +299,16 @@ def test_importing_the_package_does_not_import_click() -> None:
     code = "import sys, agentstate.cli; print('click' in sys.modules or 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_log_records_are_one_harmless_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    for everything in (False, True):
+        handler = _Log(everything)
+        text = "a name\n\x1b[31m of \u202e anybody"
+        handler.emit(logging.LogRecord("agentstate", logging.WARNING, "", 1, text, (), None))
+        printed = capsys.readouterr().err
+        assert printed.endswith("a name\\n\\x1b[31m of \\u202e anybody\n")
+        assert printed.count("\n") == 1
 
 
 def test_verbose_tells_operations_but_no_contents(some: Path) -> None:

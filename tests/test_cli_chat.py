@@ -171,7 +171,7 @@ def test_a_task_is_an_object_and_a_mapping() -> None:
 
 def test_an_error_of_ours_in_a_module_is_told_as_it_is(here: Path) -> None:
     (here / "wrong.py").write_text("from agentstate import FileStorage\nFileStorage(fsync='often')\n")
-    assert_one_line(run("chat", "wrong.py:bot", "hello", cwd=here), exits.USAGE, "fsync is one of")
+    assert_one_line(run("chat", "wrong.py:bot", "hello", cwd=here), exits.USAGE, "fsync must be one of")
 
 
 def test_a_file_that_is_no_python_is_told_so(here: Path) -> None:

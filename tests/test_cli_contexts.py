@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,24 @@ def test_follow_prints_what_other_processes_add(store: Store) -> None:
         assert "removed from the end" in process.stderr.readline()
         store.context.add_to_history("a", "user", "after")
         assert json.loads(process.stdout.readline())["content"] == "after"
+
+
+def test_the_last_messages_are_no_more_than_asked_for_while_more_are_written(store: Store) -> None:
+    store.context.extend_history("a", [{"role": "user", "content": n} for n in range(5)])
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            store.context.add_to_history("a", "user", "more")
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            counts = [store.run("show", "a", "--last", n).out.count("\n  more\n") for n in ("1", "3", "1", "3")]
+        finally:
+            done.set()
+        writing.result()
+    assert counts == [1, 3, 1, 3]
 
 
 # --- follow ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_healthy_folder_is_fine(disk_path: Path) -> None:
     assert {name for each in findings.values() for name, _, _ in each} <= {"ok", "note"}
     for subject in ("folder", "operations", "append", "read", "variable", "turn", "durability", "conversations"):
         assert level(findings, subject) == {"ok"}
-    assert "10 can be read" in findings["conversations"][0][1]
+    assert "10 read" in findings["conversations"][0][1]
     assert run("list", cwd=disk_path).out.count("\n") == 10  # its own conversation is gone
 
 
@@ -71,6 +71,23 @@ def test_the_configuration_is_examined_first(tmp_path: Path) -> None:
     (tmp_path / "agent_config.yaml").write_text("state:\n  enabled: false\n")
     assert "warning" in level(examine(tmp_path, "--read-only"), "configuration")
     examine(tmp_path, "--read-only", "--strict", code=exits.PROBLEM)
+
+
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_doctor_leaves_no_file_behind(tmp_path: Path, layout: str) -> None:
+    with SyncConversationContext(FileStorage(tmp_path / "store", layout=layout)) as context:
+        context.set_variable("alice", "x", 1)
+    before = sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_file())
+    examine(tmp_path, "--storage-dir", "store", "--layout", layout)
+    assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_file()) == before
+    assert len(before) == 1
+
+
+def test_a_server_that_refuses_connections_is_a_problem_at_once(tmp_path: Path) -> None:
+    findings = examine(tmp_path, "--url", "valkey://127.0.0.1:1", "-o", "deadline=3600", code=exits.PROBLEM)
+    found, text, advice = findings["connection"][0]
+    assert (found, text) == ("problem", "cannot connect to 127.0.0.1:1: Connection refused")
+    assert "is the server running" in advice
 
 
 @pytest.mark.parametrize(
@@ -124,7 +141,7 @@ def test_the_files_of_others_are_told_apart(tmp_path: Path) -> None:
     assert sorted(text.split()[0] for text in texts) == ["1", "1", "1"]
     (folder / "converted.json").write_text(json.dumps({**document, "context_id": "converted"}))
     findings = examine(tmp_path, code=exits.PROBLEM)
-    assert any("converted.json appeared" in text for _, text, _ in findings["files"])
+    assert any("wrote converted.json" in text for _, text, _ in findings["files"])
     assert "problem" in level(examine(tmp_path, "--layout", "document", code=exits.PROBLEM), "files")
 
 
@@ -271,7 +288,7 @@ def test_memory_that_is_nearly_full_is_a_problem(tmp_path: Path, start_valkey: C
     ("url", "words"),
     [
         ("valkey://:secret@example.com", "password and conversations"),
-        ("valkey://example.com:6379/1", "conversations travel"),
+        ("valkey://example.com:6379/1", "conversations are sent"),
         ("valkeys://:secret@example.com", ""),
         ("rediss://example.com", ""),
         ("valkey://localhost", ""),
@@ -295,14 +312,14 @@ def test_other_settings_of_durability_are_told(tmp_path: Path) -> None:
 def test_without_colours_it_is_lines_of_fields(disk_path: Path) -> None:
     ran = run("doctor", cwd=disk_path)
     assert all(len(row) == 4 for row in ran.rows[:-2])
-    assert ran.out.endswith("Everything is fine.\n")
+    assert ran.out.endswith("No problems found.\n")
     shutil.rmtree(disk_path / "conversation_states")
 
 
 def test_a_folder_inside_of_others_that_are_not_there_is_made_later(tmp_path: Path) -> None:
     ran = run("doctor", "--read-only", "--storage-dir", "a/b/c", cwd=tmp_path)
     assert ran.code == exits.OK
-    assert "is not there yet" in ran.out
+    assert "does not exist yet" in ran.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,14 +327,14 @@ def test_what_killed_processes_left_is_told(tmp_path: Path) -> None:
     with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
         context.set_variable("alice", "x", 1)
     (tmp_path / "conversation_states" / "bob.jsonl.new").write_bytes(b"")
-    assert "1 unfinished files of killed processes" in run("doctor", "--read-only", cwd=tmp_path).out
+    assert "1 unfinished file of killed processes" in run("doctor", "--read-only", cwd=tmp_path).out
 
 
 def test_a_look_at_conversations_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.cli.doctor._LOOK_FOR", 0.0)
+    monkeypatch.setattr("agentstate.cli.doctor._READ_FOR", 0.0)
     storage = InMemoryStorage()
     many(storage, 250)
-    assert [finding.text for finding in _look_for_damage(storage)] == ["100 of them looked at, all can be read"]
+    assert [finding.text for finding in _look_for_damage(storage)] == ["100 read in 0 s (of more), none damaged"]
 
 
 def test_more_keys_are_looked_at_than_come_at_once(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
@@ -328,5 +345,5 @@ def test_more_keys_are_looked_at_than_come_at_once(tmp_path: Path, valkey_9: Val
     findings = examine(
         tmp_path, "--url", valkey_9.url, "--key-prefix", prefix, "-o", "ttl=60", "--read-only", code=exits.PROBLEM
     )
-    assert [each[:2] for each in findings["keys"]] == [("note", "1,500 documents by AgentUp")]
+    assert [each[:2] for each in findings["keys"]] == [("note", "1,500 documents of AgentUp")]
     assert level(findings, "conversations") == {"problem"}

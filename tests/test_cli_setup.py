@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,32 @@ def test_validate_tells_that_state_management_is_off(tmp_path: Path) -> None:
     assert "switched off" in ran.err
 
 
+def test_validate_reports_what_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "agent_config.yaml").write_text(
+        "state:\n  backend: cassandra\n  skill_overrides:\n    tea:\n      backend: dynamo\n"
+    )
+    ran = run("validate", cwd=tmp_path)
+    assert ran.code == exits.PROBLEM
+    assert [line.partition(" (")[0] for line in ran.out.splitlines()] == [
+        "agent_config.yaml: unknown storage 'cassandra'", "agent_config.yaml: unknown storage 'dynamo'",
+    ]  # fmt: skip
+    document = run("validate", "--json", cwd=tmp_path)
+    assert (document.code, document.json["valid"], len(document.json["problems"])) == (exits.PROBLEM, False, 2)
+
+
+def test_validate_knows_storages_of_third_parties(tmp_path: Path) -> None:
+    (tmp_path / "third_party.dist-info").mkdir()
+    (tmp_path / "third_party.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: third-party\nVersion: 1\n"
+    )
+    entry_point = "[agentstate.storages]\nmine = agentstate.storage.memory:InMemoryStorage\n"
+    (tmp_path / "third_party.dist-info" / "entry_points.txt").write_text(entry_point)
+    (tmp_path / "agent_config.yaml").write_text("state:\n  backend: mine\n")
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    ran = run("validate", cwd=tmp_path, PYTHONPATH=path)
+    assert (ran.code, ran.err) == (0, "")
+
+
 def test_validate_without_a_file_says_what_holds(tmp_path: Path) -> None:
     assert_one_line(run("validate", cwd=tmp_path), exits.NOT_FOUND, "defaults", "agentstate init")
 
@@ -183,6 +210,31 @@ def test_a_new_skill_can_be_talked_to_and_remembers(tmp_path: Path) -> None:
     assert (first.code, "hello" in first.out, "remember" in first.out) == (0, True, False)
     assert "remember" in run("chat", "bot:bot", "again", cwd=tmp_path).out
     assert run("show", "terminal", "--json", cwd=tmp_path).json["variables"] == {"visits": 2}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "hello", {"text": "hello"}, {"content": "hello"}, {"input": "hello"}, {"message": "hello"},
+        {"message": {"parts": [{"kind": "text", "text": "hello"}]}},
+        {"history": [{"parts": [{"text": "before"}]}, {"parts": [{"root": {"text": "hello"}}]}]},
+    ],
+)  # fmt: skip
+def test_a_new_skill_reads_tasks_of_many_shapes(tmp_path: Path, task: object) -> None:
+    assert run("skill", "create", "tea", "--no-state", cwd=tmp_path).code == 0
+    script = f"import asyncio, tea\nprint(asyncio.run(tea.tea({task!r})))\n"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout == "You said: hello\n", done.stderr
+
+
+def test_a_new_skill_refuses_a_task_without_text(tmp_path: Path) -> None:
+    assert run("skill", "create", "tea", cwd=tmp_path).code == 0
+    script = "import asyncio, tea\nasyncio.run(tea.tea({'context_id': 'alice', 'words': 'hello'}))\n"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert "ValueError: the task has no text" in done.stderr
+    assert run("list", cwd=tmp_path).rows == []
 
 
 @pytest.mark.parametrize("taken", ["bot.py", "test_bot.py"])

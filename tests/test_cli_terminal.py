@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -138,7 +139,7 @@ def test_stats_and_doctor_are_drawn(some: Path, disk_path: Path) -> None:
     text, code = shown("doctor", cwd=disk_path)
     assert code == 0
     assert "✔" in text
-    assert "Everything is fine." in plain(text)
+    assert "No problems found." in plain(text)
 
 
 def test_long_work_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_long_work_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> N
     assert "exporting" in plain(text)
     text, code = shown("import", "x.jsonl", cwd=tmp_path)
     assert "importing" in plain(text)
-    assert "there already, and equal" in plain(text)
+    assert "skipped (equal)" in plain(text)
 
 
 def test_ctrl_c_within_a_migration_leaves_a_migration_that_goes_on(tmp_path: Path) -> None:
@@ -171,18 +172,132 @@ def test_ctrl_c_within_a_migration_leaves_a_migration_that_goes_on(tmp_path: Pat
     assert run("migrate", "conversation_states", "new", "--json", cwd=tmp_path).json["unchanged"] == 1004
 
 
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(120, ""), (100, "expires"), (60, "owner, revision, created, expires")]
+)
+def test_a_list_leaves_out_columns_that_do_not_fit(tmp_path: Path, columns: int, left_out: str) -> None:
+    long = "user:bob-with-an-id-of-a-usual-length"
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        for name in ("alice", long):
+            context.get_or_create(name, "some-owner")
+    text, code = shown("list", cwd=tmp_path, columns=columns)
+    assert code == 0
+    _, heading, after = plain(text).partition("conversation ")
+    lines = (heading + after).splitlines()
+    assert max(map(len, lines[:4])) <= columns
+    titles = ["conversation", "owner", "messages", "revision", "updated", "created", "expires"]
+    assert lines[0].split() == [title for title in titles if title not in left_out]
+    assert {line.split()[0] for line in lines[2:4]} == {"alice", long}
+    assert (f"too narrow: {left_out}." in after) == bool(left_out)
+
+
+def test_a_list_breaks_ids_where_a_terminal_is_very_narrow(some: Path) -> None:
+    text, code = shown("list", cwd=some, columns=40)
+    assert code == 0
+    assert plain(text).count("x") >= 120
+
+
+HOSTILE = "\x9b31m \u202e rtl \u200bzero \U000e0041tag \x7f \u2028 end"
+
+
+@pytest.mark.parametrize("arguments", [("show", "x"), ("show", "x", "--json"), ("export",), ("list",)])
+def test_control_and_invisible_characters_do_not_reach_the_terminal(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        context.add_to_history("x", "user", HOSTILE, {HOSTILE: HOSTILE})
+        context.set_variable("x", HOSTILE, HOSTILE)
+        context.get_or_create("id" + HOSTILE, HOSTILE)
+    text, code = shown(*arguments, cwd=tmp_path)
+    assert code == 0
+    assert not re.search("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\U000e0000-\U000e0fff]", text)
+
+
+def test_emoji_and_scripts_that_need_joiners_are_shown(tmp_path: Path) -> None:
+    said = "👩\u200d💻 ❤\ufe0f\u200d🔥 می\u200cخواهم"
+    with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
+        context.add_to_history("x", "user", said)
+    for arguments in (("show", "x"), ("show", "x", "--json")):
+        assert said in shown(*arguments, cwd=tmp_path)[0]
+
+
+def test_compressed_output_is_not_written_to_a_terminal(some: Path) -> None:
+    text, code = shown("export", "-z", cwd=some)
+    assert code == exits.USAGE
+    assert "\x1f" not in text
+
+
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("answer", "code", "left"), [("y", 0, 1), ("n", exits.INTERRUPTED, 2), ("", exits.INTERRUPTED, 2)]
-)
+@pytest.mark.parametrize(("answer", "code", "left"), [("y", 0, 1), ("n", exits.PROBLEM, 2), ("", exits.PROBLEM, 2)])
 def test_clear_asks_first(some: Path, answer: str, code: int, left: int) -> None:
     with terminal("clear", "alice", cwd=some) as child:
         child.expect(r"Delete 'alice' \(2 messages\) from ./conversation_states\? \[y/N\]")
         child.sendline(answer)
         assert ended(child)[1] == code
     assert len(run("list", cwd=some).rows) == left
+
+
+def test_clear_does_not_ask_about_what_does_not_exist(some: Path) -> None:
+    text, code = shown("clear", "alicia", cwd=some)
+    assert code == exits.NOT_FOUND
+    assert "Delete" not in text
+    assert "did you mean 'alice'?" in text
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("y", 0, 0), ("n", exits.PROBLEM, 2)])
+def test_cleanup_asks_first(some: Path, answer: str, code: int, left: int) -> None:
+    with terminal("cleanup", "--max-age-hours", "0", cwd=some) as child:
+        child.expect(r"Delete 2 conversations not written to for 0 hours from ./conversation_states\? \[y/N\]")
+        child.sendline(answer)
+        text, ended_with = ended(child)
+    assert ended_with == code
+    assert ("Nothing was changed." in text) == bool(code)
+    assert len(run("list", cwd=some).rows) == left
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["--max-age-hours", "0", "--yes"]])
+def test_cleanup_does_not_ask_where_it_need_not(some: Path, arguments: list[str]) -> None:
+    text, code = shown("cleanup", *arguments, cwd=some)
+    assert code == 0
+    assert "[y/N]" not in text
+
+
+def test_init_asks_again_for_an_answer_that_is_wrong(tmp_path: Path) -> None:
+    with terminal("init", "--storage", "valkey", cwd=tmp_path) as child:
+        for wrong in ("http://server", "valkey://server/x", "valkey://server:port"):
+            child.expect("Valkey URL")
+            child.sendline(wrong)
+            child.expect("Error: ")
+        child.expect("Valkey URL")
+        child.sendline("valkey://server")
+        child.expect("Key prefix")
+        child.sendline("{x")
+        child.expect("Error: `key_prefix` must be")
+        child.expect("Key prefix")
+        child.sendline("x:")
+        child.expect("Seconds")
+        child.sendline("soon")
+        child.expect("Error: `ttl` must be")
+        child.sendline("60")
+        text, code = ended(child)
+    assert code == 0, text
+    config = load_config(tmp_path / "agent_config.yaml")
+    assert (config.url, config.key_prefix, config.ttl) == ("valkey://server", "x:", 60)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("init", "--url", "http://server"),
+        ("init", "--storage", "valkey", "--ttl", "soon"),
+        ("skill", "create", "tea", "--url", "http://server"),
+    ],
+)
+def test_wrong_options_are_reported_before_anything_is_asked(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    text, code = shown(*arguments, cwd=tmp_path)
+    assert code == exits.USAGE
+    assert text.startswith("agentstate: `")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_init_asks_for_what_is_not_given(tmp_path: Path) -> None:
@@ -297,7 +412,7 @@ async def bot(task, context, context_id):
 def test_a_conversation_in_the_terminal_goes_on_after_errors_and_interrupts(tmp_path: Path) -> None:
     (tmp_path / "bot.py").write_text(HANDLER)
     with terminal("chat", "bot:bot", cwd=tmp_path) as child:
-        child.expect("Ctrl-D ends it")
+        child.expect("Ctrl-D to end it")
         child.expect("you> ")
         child.sendline("hello é")
         child.expect("answer 1")

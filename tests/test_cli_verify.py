@@ -80,7 +80,7 @@ def test_a_history_that_somebody_else_cut_is_found_on_a_server(
             context.add_to_history("b", "user", number)
         assert run("verify", *options, cwd=tmp_path).code == 0
         with valkey.Valkey.from_url(valkey_9.url) as client:
-            client.lpop(f"{{{key_prefix}a}}:history")
+            client.lpop(f"{key_prefix}{{{key_prefix}a}}:history")
         ran = run("verify", "--json", *options, cwd=tmp_path)
         assert ran.code == exits.CORRUPTED
         assert [each["context_id"] for each in ran.json["damaged"]] == ["a"]

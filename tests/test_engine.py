@@ -400,7 +400,7 @@ def test_a_cleanup_deletes_many_together_and_none_of_them_past_its_deadline() ->
     sizes: list[int] = []
     storage = OnASlowDisk(deadline=3.0)
     for number in range(400):
-        storage._execute(append(f"c{number}", 1))
+        storage._carry_out(append(f"c{number}", 1))
     assert SyncConversationContext(storage).cleanup_old_contexts(max_age_hours=0) == 400
     assert 10 < max(sizes) < 100
     storage.close()
@@ -479,10 +479,10 @@ def test_an_error_of_what_had_to_wait_for_its_context_is_raised() -> None:
 
 def test_a_cleanup_goes_on_after_a_conversation_that_cannot_be_deleted() -> None:
     class Stubborn(InMemoryStorage):
-        def _execute(self, operation: Operation) -> Any:
+        def _carry_out(self, operation: Operation) -> Any:
             if isinstance(operation, Commit) and operation.context_id == "b" and Delete() in operation.changes:
                 raise StateUnavailableError("not today", context_id="b")
-            return super()._execute(operation)
+            return super()._carry_out(operation)
 
     storage = Stubborn()
     context = SyncConversationContext(storage)

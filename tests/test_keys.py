@@ -127,10 +127,9 @@ def test_the_keys_of_a_context_are_its_own_and_in_one_slot(prefix: str, context_
     assert len(set(keys)) == len(keys)
     assert len(set(map(slot_tag, keys))) == 1
     assert space.context_id(keys.state) == context_id
-    assert keys.state.startswith(prefix)
+    assert all(key.startswith(prefix) for key in keys)
     for key in keys[1:]:  # a list or a lease can be taken for no context's state
-        if key.startswith(prefix):
-            assert space.keys(space.context_id(key)).state != key
+        assert space.keys(space.context_id(key)).state != key
 
 
 @given(one=TRICKY, other=TRICKY)
@@ -151,11 +150,11 @@ def test_a_key_without_braces_is_prefix_and_id(context_id: str) -> None:
 def test_the_names_of_keys_are_contract() -> None:
     assert KeySpace("s:").keys("{x}%7B%") == (
         "s:%7Bx%7D%257B%",
-        "{s:%7Bx%7D%257B%}:history",
-        "{s:%7Bx%7D%257B%}:commits",
-        "{s:%7Bx%7D%257B%}:lease",
+        "s:{s:%7Bx%7D%257B%}:history",
+        "s:{s:%7Bx%7D%257B%}:commits",
+        "s:{s:%7Bx%7D%257B%}:lease",
     )
-    assert KeySpace("{t}:").keys("x") == ("{t}:x", "{t}:x{history}", "{t}:x{commits}", "{t}:x{lease}")
+    assert KeySpace("{t}:").keys("x") == ("{t}:x", "{t}:{{t}:x}:history", "{t}:{{t}:x}:commits", "{t}:{{t}:x}:lease")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,13 @@ def test_a_prefix_that_makes_no_keys_or_would_tear_them_apart_is_refused(prefix:
     str(caught.value).encode()
 
 
-def test_the_pattern_finds_the_prefix_and_nothing_else() -> None:
-    assert KeySpace("s:").pattern() == "s:*"
-    assert KeySpace(r"a*b?c[d]e\f:").pattern() == r"a\*b\?c\[d\]e\\f:*"
-    assert fnmatchcase("s:anything", KeySpace("s:").pattern())
+@pytest.mark.parametrize("prefix", ["s:", "s", "{agents}:state:", "a{tag}b", r"a*b?c[d]e\f:", "é:"])
+@given(context_id=IDS | TRICKY, other=TRICKY)
+def test_the_pattern_finds_state_keys_and_no_others(prefix: str, context_id: str, other: str) -> None:
+    space = KeySpace(prefix)
+    pattern = space.pattern().replace("[^", "[!").replace("\\[", "[[]").replace("\\]", "]")
+    pattern = pattern.replace("\\*", "[*]").replace("\\?", "[?]").replace("\\\\", "\\")
+    keys = space.keys(context_id)
+    assert fnmatchcase(keys.state, pattern)
+    assert not any(fnmatchcase(key, pattern) for key in keys[1:])
+    assert fnmatchcase(other, pattern) == (other.startswith(prefix) and other[len(prefix) :][:1] not in ("", "{"))

@@ -60,6 +60,14 @@ class SmallStorage(InMemoryStorage):
         self.options = options
 
 
+def test_a_storage_shows_where_it_is_and_nothing_secret(tmp_path: Path) -> None:
+    assert repr(InMemoryStorage(max_history=9)) == "InMemoryStorage(max_history=9)"
+    assert repr(FileStorage(tmp_path, ttl=60)) == f"FileStorage(storage_dir={str(tmp_path)!r}, ttl=60)"
+    assert repr(ValkeyStorage("valkey://:s3cret@host")).startswith("ValkeyStorage('valkey://:***@host")
+    assert repr(SmallStorage("x", options="s3cret")) == "SmallStorage()"
+    assert repr(object.__new__(FileStorage)) == "FileStorage()"  # one that could not be made
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 

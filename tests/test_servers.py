@@ -86,7 +86,7 @@ class TestIsolation:
             def test_writes(valkey_url, key_prefix):
                 with valkey.Valkey.from_url(valkey_url) as client:
                     client.set(key_prefix + "x", "1")
-                    client.set("{" + key_prefix + "x}:history", "1")
+                    client.set(key_prefix + "{" + key_prefix + "x}:history", "1")
                     client.set("seen", client.dbsize())
             """)
         )
@@ -368,7 +368,7 @@ class TestCluster:
 
     def test_two_keys_of_one_tag_are_one_slot(self, valkey_cluster: ValkeyCluster, key_prefix: str) -> None:
         with ClusterClient.from_url(valkey_cluster.url.replace("+cluster", "")) as client:
-            keys = (key_prefix + "x", "{" + key_prefix + "x}:history")
+            keys = (key_prefix + "x", key_prefix + "{" + key_prefix + "x}:history")
             assert client.eval("return #KEYS", 2, *keys) == 2
             with pytest.raises(ValkeyClusterException):
                 client.eval("return #KEYS", 2, "a", "b")

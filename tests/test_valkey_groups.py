@@ -15,10 +15,10 @@ from servers import ValkeyServer, wait_until
 from tls import TlsProxy
 
 from agentstate import ConversationContext, StateUnavailableError
+from agentstate.engine import CallBack, engine_of
 from agentstate.operations import Append, Commit, Query, Window
-from agentstate.storage import crew
 from agentstate.storage.valkey import ValkeyStorage
-from agentstate.storage.valkey.wire import Connection
+from agentstate.storage.valkey.wire import Reader
 from agentstate.testing.faults import FaultProxy
 
 
@@ -29,7 +29,7 @@ def used(storage: ValkeyStorage) -> int:
 
 def warm(storage: ValkeyStorage, connections: int) -> None:
     """Open so many connections: a group that has to open one is not sent ahead."""
-    pool: Any = storage._servers.only
+    pool: Any = storage._servers.pool(0, 0)
     opened = [pool.acquire(time.monotonic() + 5) for _ in range(connections)]
     for connection in opened:
         pool.release(connection)
@@ -37,7 +37,7 @@ def warm(storage: ValkeyStorage, connections: int) -> None:
 
 def submit(storage: ValkeyStorage, name: str, told: Callable[[Any], None]) -> None:
     commit = Commit(name, (Append((b'"hi"',)),), f"{name}-1", deadline=time.monotonic() + 10, fresh=True)
-    storage.dispatcher.submit((commit,), told)
+    engine_of(storage).submit(CallBack((commit,), lambda job: told(job.outcomes)))
 
 
 @pytest.fixture
@@ -48,22 +48,6 @@ def paused(start_valkey: Any) -> Iterator[tuple[ValkeyServer, ValkeyStorage]]:
         warm(storage, 3)
         with server.paused():
             yield server, storage
-
-
-def test_two_groups_are_on_their_way_at_a_time(
-    paused: tuple[ValkeyServer, ValkeyStorage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(crew, "PATIENCE", 60.0)
-    server, storage = paused
-    told: list[Any] = []
-    for number, expected in ((1, 1), (2, 2), (3, 2)):
-        submit(storage, f"c{number}", told.append)
-        time.sleep(0.02)
-        wait_until(lambda expected=expected: used(storage) == expected, f"{expected} groups on their way")  # type: ignore[misc]
-    assert not told
-    server.resume()
-    wait_until(lambda: len(told) == 3, "all to be told")
-    assert told == [[b""]] * 3
 
 
 def test_a_server_that_stands_still_ends_all_calls_at_their_deadlines(
@@ -98,7 +82,7 @@ def test_a_child_that_is_forked_meanwhile_leaves_them_alone(paused: tuple[Valkey
     if child == 0:
         status = 1
         try:
-            assert len(os.listdir("/dev/fd")) <= before - 3  # two connections, and what wakes the worker that waits
+            assert len(os.listdir("/dev/fd")) <= before - 2  # the two connections
             submitted: list[Any] = []
             submit(storage, "child", submitted.append)
             wait_until(lambda: submitted == [[b""]], "what the child asks for")
@@ -116,7 +100,7 @@ def test_appends_of_many_tasks_take_effect_once_and_in_order_whatever_breaks(
     parser: str, valkey_server: ValkeyServer, key_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if parser == "plain":
-        monkeypatch.setattr("agentstate.storage.valkey.wire._KIND", Connection)
+        monkeypatch.setattr("agentstate.storage.valkey.wire._new_reader", Reader)
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
 
@@ -181,7 +165,7 @@ def test_reads_and_writes_of_many_tasks_see_each_other(
 
 
 def test_without_libvalkey_half_an_answer_is_waited_for(start_valkey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.storage.valkey.wire._KIND", Connection)
+    monkeypatch.setattr("agentstate.storage.valkey.wire._new_reader", Reader)
     server: ValkeyServer = start_valkey()
     with FaultProxy("127.0.0.1", server.port) as proxy, closing(ValkeyStorage(server.url)) as direct:
         direct.call(Commit("a", (Append((b'"hi"',) * 5000),), "a-1"))
@@ -189,6 +173,6 @@ def test_without_libvalkey_half_an_answer_is_waited_for(start_valkey: Any, monke
             warm(storage, 2)
             told: list[Any] = []
             query = Query("a", history=Window(), deadline=time.monotonic() + 10)
-            storage.dispatcher.submit((query,), told.append)
+            engine_of(storage).submit(CallBack((query,), lambda job: told.append(job.outcomes)))
             wait_until(lambda: told, "the answer")
             assert len(told[0][0].messages) == 5000

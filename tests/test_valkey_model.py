@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-import re
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import pytest
-import valkey
 from servers import ValkeyCluster, ValkeySentinel, ValkeyServer
+from valkey_formats import make_former
 
 from agentstate.errors import StateError
-from agentstate.keys import KeySpace
 from agentstate.operations import (
     Append,
     Change,
@@ -37,8 +36,9 @@ from agentstate.operations import (
 )
 from agentstate.storage.base import StateStorage
 from agentstate.storage.memory import InMemoryStorage
-from agentstate.storage.valkey import ValkeyStorage, loglayout
+from agentstate.storage.valkey import ValkeyStorage
 
+Meanwhile = Callable[[random.Random], None]
 IDS = ("plain", "bra{ces}", "*")
 KEYS = ("a", "b", "", "v:a", "é")
 USERS = (None, "u1", "u2")
@@ -126,7 +126,7 @@ class Operations:
         return Commit(context_id, changes, commit_id, **options)
 
     def frequent(self) -> Commit:
-        """A commit as most are, for which the script has a short way."""
+        """A commit as most are."""
         chance = self.chance
         self.commits.append(f"c{len(self.commits)}")
 
@@ -213,14 +213,19 @@ def listed(storage: StateStorage) -> set[str]:
     return found
 
 
-def compare(url: str, key_prefix: str, rounds: int, **options: Any) -> None:
+def compare(url: str, key_prefix: str, rounds: int, meanwhile: Meanwhile | None = None, **options: Any) -> None:
     seed = random.randrange(1 << 30)
     operations = Operations(random.Random(seed))
     ttl = operations.chance.choice([None, 1000])
     with closing(ValkeyStorage(url, key_prefix=key_prefix, ttl=ttl, **options)) as storage:
         model = InMemoryStorage(ttl=ttl)
         for _ in range(rounds):
-            some = [operations.one() for _ in range(operations.chance.choice([1, 1, 2, 5, 20]))]
+            if meanwhile is not None:
+                meanwhile(operations.chance)
+            some = [
+                operations.frequent() if operations.chance.random() < 0.3 else operations.one()
+                for _ in range(operations.chance.choice([1, 1, 2, 5, 20]))
+            ]
             for operation, found, expected in zip(some, perform(storage, some), perform(model, some), strict=True):
                 assert found == expected, f"seed {seed}: {operation}"
         assert listed(storage) == listed(model), f"seed {seed}"
@@ -231,6 +236,20 @@ def test_they_agree(valkey_server: ValkeyServer, key_prefix: str, layout: str) -
     compare(valkey_server.url, key_prefix, 250, layout=layout)
 
 
+@pytest.mark.parametrize("tag", ["", "{tag}"])
+def test_they_agree_about_contexts_of_the_format_before(valkey_server: ValkeyServer, key_prefix: str, tag: str) -> None:
+    """Also where only some of the keys of a context have been carried over."""
+    key_prefix = tag + key_prefix
+    with valkey_server.client() as client:
+
+        def step_back(chance: random.Random) -> None:
+            if chance.random() < 0.2:
+                some = chance.choice([0.0, 0.5, 1.0])
+                make_former(client, key_prefix, lambda kind: kind != "lease" and chance.random() < some)
+
+        compare(valkey_server.url, key_prefix, 250, meanwhile=step_back)
+
+
 @pytest.mark.parametrize("layout", ["log", "document"])
 def test_they_agree_on_a_cluster(valkey_cluster: ValkeyCluster, key_prefix: str, layout: str) -> None:
     compare(valkey_cluster.url, key_prefix, 80, layout=layout)
@@ -238,54 +257,3 @@ def test_they_agree_on_a_cluster(valkey_cluster: ValkeyCluster, key_prefix: str,
 
 def test_they_agree_behind_a_sentinel(valkey_sentinel: ValkeySentinel, key_prefix: str) -> None:
     compare(valkey_sentinel.url, key_prefix, 80, min_replicas=1)
-
-
-def stored(client: valkey.Valkey, key_prefix: str) -> dict[bytes, Any]:
-    """All keys of a store, without what clocks say."""
-    found: dict[bytes, Any] = {}
-    for key in client.scan_iter(match=f"*{key_prefix}*"):
-        kind = client.type(key)
-        content: Any
-        if kind == b"hash":
-            content = client.hgetall(key)
-            expires = -1 if content[b"exp"] == b"" else -(-int(content[b"exp"]) // 1000)
-            names = KeySpace(key_prefix).keys(content[b"id"].decode())
-            assert client.pexpiretime(key) == expires
-            assert client.pexpiretime(names.history) in (expires, -2)  # -2: there is none
-            assert expires <= client.pexpiretime(names.commits)
-            if content[b"exp"] not in (b"", b"%d" % FUTURE):
-                content[b"exp"] = b"later"
-            for field in (b"created", b"updated", b"guard"):
-                content[field] = len(content[field]) > 12 or content[field]
-        elif kind == b"list":
-            content = [re.sub(rb"^([\n\t])\d+", rb"\1", item) for item in client.lrange(key, 0, -1)]
-        else:
-            content = client.get(key)
-        found[key.replace(key_prefix.encode(), b"")] = content, client.pttl(key) > 0
-    return found
-
-
-@pytest.mark.parametrize("ttl", [None, 1000])
-def test_the_short_ways_of_the_script_leave_what_the_general_way_leaves(
-    valkey_server: ValkeyServer, key_prefix: str, ttl: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seed = random.randrange(1 << 30)
-    operations = Operations(random.Random(seed))
-    short = ValkeyStorage(valkey_server.url, key_prefix=f"{key_prefix}1:", ttl=ttl)
-    text = loglayout.script()
-    general = text.replace(b"local usual = not late and earlier == 0", b"local usual = false")
-    assert general != text
-    monkeypatch.setattr(loglayout, "script", lambda: general)
-    long = ValkeyStorage(valkey_server.url, key_prefix=f"{key_prefix}2:", ttl=ttl)
-    with closing(short), closing(long), valkey_server.client() as client:
-        for number in range(300):
-            if number % 10 == 0:  # one that was cleared is not for the short ways any more, as long as this test takes
-                operations.ids = tuple(f"{name}{number}" for name in IDS)
-            some = [
-                operations.frequent() if operations.chance.random() < 0.6 else operations.one()
-                for _ in range(operations.chance.choice([1, 1, 2, 5, 20]))
-            ]
-            for operation, found, expected in zip(some, perform(short, some), perform(long, some), strict=True):
-                assert found == expected, f"seed {seed}: {operation}"
-            if number % 5 == 4:
-                assert stored(client, f"{key_prefix}1:") == stored(client, f"{key_prefix}2:"), f"seed {seed}"

@@ -126,8 +126,7 @@ class TestCluster:
             storage.execute([Query(f"c{n}", deadline=time.monotonic() + 20) for n in range(30)], outcomes.__setitem__)
             assert all(isinstance(outcome, Snapshot) for outcome in outcomes.values())
 
-    @pytest.mark.parametrize("through", ["execute", "begin"])
-    def test_a_node_that_stands_still_holds_up_nobody_else(self, through: str) -> None:
+    def test_a_node_that_stands_still_is_a_lane_of_its_own_and_the_others_are_not_slower(self) -> None:
         with (
             ValkeyCluster(require_server("9.1")) as cluster,
             closing(ValkeyStorage(cluster.url, deadline=5)) as storage,
@@ -136,47 +135,42 @@ class TestCluster:
                 with node.client() as client:
                     client.config_set("cluster-require-full-coverage", "no")
             names = [f"c{number}" for number in range(40)]
-            with cluster.nodes[1].client() as client:
-                ranges = [row for row in client.execute_command("CLUSTER SLOTS") if row[2][1] == cluster.nodes[1].port]
-            held = {
-                name
-                for name in names
-                for first, last, *_ in ranges
-                if first <= key_slot(storage._layout.keys.keys(name).state.encode()) <= last
-            }
-            assert 0 < len(held) < 40
-
-            def append_to_all(turn: int) -> tuple[dict[str, Any], dict[str, float]]:
-                """The outcomes of an append to each, and when they came (seconds)."""
-                outcomes: dict[str, Any] = {}
-                times: dict[str, float] = {}
-                began = time.monotonic()
-                commits = [
-                    Commit(name, (Append((HI,)),), f"{turn}-{name}", deadline=began + 1.5, fresh=True) for name in names
-                ]
-
-                def settle(index: int, outcome: Any) -> None:
-                    outcomes[names[index]] = outcome
-                    times[names[index]] = time.monotonic() - began
-
-                if through == "execute":
-                    storage.execute(commits, settle)
-                else:
-                    for index, commit in enumerate(commits):
-                        storage.dispatcher.submit((commit,), lambda told, index=index: settle(index, told[0]))  # type: ignore[misc]
-                    assert storage.dispatcher.wait_until_empty(20)
-                return outcomes, times
-
-            outcomes, _ = append_to_all(0)
+            commits = [Commit(name, (Append((HI,)),), f"first-{name}", fresh=True) for name in names]
+            assert {storage.lane(commit) for commit in commits} == {None}  # nothing is known yet
+            outcomes: dict[int, Any] = {}
+            storage.execute(commits, outcomes.__setitem__)
             assert set(outcomes.values()) == {b""}
+            lanes: dict[Any, list[str]] = {}
+            for name, commit in zip(names, commits, strict=True):
+                lanes.setdefault(storage.lane(commit), []).append(name)
+            assert {lane.port for lane in lanes} == {node.port for node in cluster.nodes}
+            assert storage.lane(Listing()) not in lanes
+
+            def append(lane: Any, turn: int) -> list[Any]:
+                found: dict[int, Any] = {}
+                deadline = time.monotonic() + 1.5
+                storage.execute(
+                    [Commit(name, (Append((HI,)),), f"{turn}-{name}", deadline=deadline) for name in lanes[lane]],
+                    found.__setitem__,
+                )
+                return [*found.values()]
+
+            stopped = next(lane for lane in lanes if lane.port == cluster.nodes[1].port)
             with cluster.nodes[1].paused():
-                for turn in (1, 2):  # the second one finds no connection to it any more
-                    outcomes, times = append_to_all(turn)
-                    assert {name for name in names if outcomes[name] == b""} == set(names) - held, outcomes
-                    assert max(times[name] for name in set(names) - held) < min(times[name] for name in held)
-            for name in names:
-                end = existing(storage, name).end
-                assert (1 <= end <= 3) if name in held else end == 3
+                blocked = [threading.Thread(target=append, args=(stopped, turn)) for turn in range(4)]
+                for thread in blocked:
+                    thread.start()
+                for turn in range(4, 8):
+                    for lane in lanes:
+                        if lane != stopped:
+                            assert set(append(lane, turn)) == {b""}
+                assert all(thread.is_alive() for thread in blocked)
+                for thread in blocked:
+                    thread.join()
+            for lane, members in lanes.items():
+                for name in members:
+                    end = existing(storage, name).end
+                    assert (1 <= end <= 5) if lane == stopped else end == 5
 
 
 class TestSentinel:

@@ -60,6 +60,20 @@ def test_a_switch_is_on_or_off(text: str, value: bool) -> None:
     assert read_url("valkey://h", {"socket_keepalive": value}).options == {"socket_keepalive": value}
 
 
+@pytest.mark.parametrize("name", ["username", "password", "sentinel_password", "ssl_password"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_secret_that_ends_in_white_space_is_refused_with_the_reason(name: str, end: str) -> None:
+    with pytest.raises(StateConfigError, match=f"the {name} ends in white space") as caught:
+        read_url("valkeys://host", {name: "s3cret" + end})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_white_space_that_belongs_to_a_password_is_written_as_an_escape() -> None:
+    assert read_url("valkey://:s3cret%0A@host", {}).options == {"password": "s3cret\n"}
+    with pytest.raises(StateConfigError, match="the password ends in white space"):
+        read_url("valkey://:s3cret @host", {})
+
+
 @pytest.mark.parametrize("url", [None, "", "  ", 6379])
 def test_a_url_is_required(url: Any) -> None:
     with pytest.raises(StateConfigError, match="url='valkey://localhost:6379'"):

@@ -225,18 +225,20 @@ def table(columns: Sequence[Column], rows: Iterator[Sequence[str]] | Sequence[Se
         return
     rest = iter(rows)
     page = _page_of(rest)
+    if not page:
+        return
     widths = _widths([len(column.title) for column in columns], page)
     shown = _shown_columns(columns, widths)
     with_header = True
     console().print()
-    while page or with_header:  # drawn page by page: there may be many rows, and they may arrive slowly
+    while page:  # drawn page by page: there may be many rows, and they may arrive slowly
         console().print(_drawn([columns[i] for i in shown], page, shown, widths, with_header))
         page, with_header = _page_of(rest), False
         widths = _widths(widths, page)
     console().print()
     if len(shown) < len(columns):
         left_out = ", ".join(column.title for i, column in enumerate(columns) if i not in shown)
-        note(f"The terminal is too narrow for the columns {left_out}.")
+        note(f"Not shown, since the terminal is too narrow: {left_out}.")
 
 
 def _page_of(rows: Iterator[Sequence[str]]) -> list[list[str]]:
@@ -328,12 +330,12 @@ def bars(title: str, counts: Sequence[tuple[str, int]]) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Show a bar with rate and remaining time on stderr while the block runs, if that is a terminal.
+def progress(what: str, total: int | None = None, *, shown: bool = True) -> Iterator[Callable[[], None]]:
+    """Show a bar with rate and remaining time on stderr while the block runs, if that is a terminal and it is wanted.
 
     Yields a function to call for each item that is done.
     """
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -350,9 +352,9 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]
         Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console("stderr"), transient=True) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda: shown.advance(task)
+    with Progress(*columns, console=console("stderr"), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

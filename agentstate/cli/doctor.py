@@ -19,7 +19,7 @@ from ..storage.base import StateStorage
 from ..transfer import pages_of_ids, read_contexts
 from ..version import __version__
 from . import console, exits
-from .doctor_file import look_at_folder, remove_log
+from .doctor_file import look_at_folder, remove_file
 from .doctor_valkey import advice_on_connecting, look_at_servers
 from .findings import Finding, note, ok, problem, warning
 from .store import Place, chosen_place, json_option, store_options_unread, use_config
@@ -111,12 +111,12 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
         yield warning("configuration", "state management is switched off: `enabled: false`", "handlers get no context")
     try:
         place = chosen_place(chosen)
-        yield ok("storage", f"{place.backend}: {place.name}")
         test_id = f"agentstate-doctor-{uuid4().hex}"
         with place.open(shared=False, may_be_new=True) as storage:
+            yield ok("storage", f"{place.backend}: {place.name}")
             yield from _examine_storage(place, storage, None if read_only else test_id)
         if place.backend == "file":
-            remove_log(place.name, test_id)
+            remove_file(place.name, test_id)
     except StateConfigError as error:
         for text in error.problems or [str(error)]:
             yield problem("storage", text)

@@ -188,7 +188,8 @@ def _files(path: str, layout: str) -> Iterator[Finding]:
         )
 
 
-def remove_log(folder: str, context_id: str) -> None:
-    """Remove the log of a cleared conversation, which remembers commit ids for retries that nobody will make."""
-    with suppress(FileNotFoundError):
-        os.unlink(os.path.join(folder, f"{file_stem(context_id)}.jsonl"))
+def remove_file(folder: str, context_id: str) -> None:
+    """Remove the file of a cleared conversation, which remembers commit ids for retries that nobody will make."""
+    for name in (f"{file_stem(context_id)}.jsonl", f"{document_stem(context_id)}.json"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(os.path.join(folder, name))

@@ -67,7 +67,7 @@ def init(
     if storage is None:
         storage = "valkey" if url else "file"
         if ask and not url and not storage_dir:
-            storage = str(click.prompt("Storage", type=backend_choice, default="file", err=True))
+            storage = str(click.prompt("Storage backend", type=backend_choice, default="file", err=True))
     section_text(storage, options)  # what was given is checked before anything is asked
     if ask:
         _ask(storage, options)

@@ -211,9 +211,9 @@ def create(
         storage = "valkey"
         section_text(storage, {"url": url})  # checked before anything is asked
     if state is None:
-        state = storage is not None or not ask or click.confirm("Store conversations?", default=True, err=True)
+        state = storage is not None or not ask or click.confirm("Enable state management?", default=True, err=True)
     if state and storage is None:
-        storage = click.prompt("Storage", type=backend_choice, default="file", err=True) if ask else "file"
+        storage = click.prompt("Storage backend", type=backend_choice, default="file", err=True) if ask else "file"
     options = {}
     if storage == "valkey":
         if url is None and ask:

@@ -18,7 +18,7 @@ from .store import Place, json_option, store_options
 
 _AGES: Final = (("last hour", 1.0), ("last day", 24.0), ("last week", 168.0), ("last 30 days", 720.0))
 _LENGTHS: Final = (10, 100, 1_000, 10_000, 100_000)
-_TIMES: Final = ("count", "mean", "median", "p99")
+_TIMES: Final = ("count", "mean", "median below", "p99 below")
 _SIZES: Final = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 
@@ -136,7 +136,7 @@ def _print_statistics(place: Place, figures: _Statistics, sizes: bool) -> None:
         ("where", place.name),
         ("conversations", f"{figures.contexts:,}"),
         ("messages", f"{figures.messages:,}, {mean:,.1f} per conversation"),
-        ("owners", f"{len(figures.owners):,}, of {console.counted(figures.owned, 'conversation')}"),
+        ("owners", f"{len(figures.owners):,}, with {console.counted(figures.owned, 'conversation')}"),
         ("with expiry", f"{figures.expiring:,}"),
     ]
     if figures.newest is not None and figures.oldest is not None:
@@ -174,7 +174,7 @@ def _print_work(work: StorageStatistics) -> None:
         pairs.append(("errors", ", ".join(f"{count:,} {name}" for name, count in work.errors.items())))
     if work.cache is not None:
         cache = work.cache
-        pairs.append(("cache", f"{cache.hits:,} hits, {cache.misses:,} misses, {console.size_text(cache.size_bytes)}"))
+        pairs.append(("cache", f"hits {cache.hits:,}, misses {cache.misses:,}, {console.size_text(cache.size_bytes)}"))
     if work.connections is not None:
         pairs.append(("connections", f"{work.connections.opened:,} opened"))
     console.facts(pairs)

@@ -49,7 +49,7 @@ class Place:
             return str(self.options.get("storage_dir", _DEFAULT_DIR))
         if self.backend == "valkey":
             prefix = self.options.get("key_prefix", _DEFAULT_PREFIX)
-            return f"{redact_url(str(self.options.get('url')))} under {prefix}"
+            return f"{redact_url(str(self.options.get('url')))} under {prefix!r}"
         return f"the storage {self.backend!r}"
 
     @property

@@ -91,8 +91,9 @@ def export(
 
     began = time.monotonic()
     with place.open() as storage, _new_file(file, compress or file.endswith(".gz"), force) as archive:
-        total = len(names) if names else _total(storage, user_id)
-        with console.progress("exporting", total) as advance:
+        with_bar = file != "-" or not console.on_terminal()  # where the output does not go to the same terminal
+        total = len(names) if names else _total(storage, user_id) if with_bar else None
+        with console.progress("exporting", total, shown=with_bar) as advance:
             report = export_contexts(storage, archive, context_ids=names, user_id=user_id, progress=settle)
         if gone:
             raise not_found(storage, place, gone[0])

@@ -3,41 +3,48 @@
 A storage has one blocking method, `execute(operations, settle)`, and knows nothing of this package. The engine decides
 which operations it is given together, in which thread, and who learns of the outcomes.
 
-**Theory of operation.** A *job* is one operation, or a few, on one context. The jobs of a context are carried out in
-the order in which they were submitted, and never two groups at a time. Jobs of different contexts are independent:
-all that wait when a worker is free form one *group*, one call of `execute`. While it runs, the next group gathers. So
-a pipeline fills and one flush serves many exactly when there is much to do, and a lone call waits for nobody.
+**Theory of operation.** A *job* is one operation on a context, or a few in order. The jobs of a context run in the
+order in which they were submitted, never at the same time. Jobs of different contexts are independent. All jobs that
+wait when a worker thread becomes free are one *group*: one call of `execute`. While it runs, the next group gathers.
+So a pipeline fills up, and one flush serves many, exactly when there is much to do; a lone call waits for nobody.
 
+The oldest unfinished job of a context represents the context in the queue, and holds the younger ones (`Job.behind`).
 The states of a job:
 
-| state    | its context is                     | ends with                                                          |
-|----------|------------------------------------|--------------------------------------------------------------------|
-| waiting  | ready, or running an earlier job   | a worker takes it into a group; or `withdraw` (cancelled): never run |
-| running  | running                            | `settle` was called for each of its operations, or `execute` failed |
-| done     | ready if it has more jobs, or gone | `deliver` was called, once, in the thread that settled it           |
+| state   | where it is                                                     | next                                    |
+|---------|-----------------------------------------------------------------|-----------------------------------------|
+| ready   | oldest of its context, in `_Lane.ready`                         | running; gone if withdrawn (cancelled)  |
+| behind  | in `behind` of the oldest job                                   | ready or running; gone if withdrawn     |
+| running | in a group; counted in `running` of the oldest job              | done, when each operation is settled    |
+| done    | `outcomes` is set; the next job of the context represents it    | `deliver` is called                     |
 
-A *lane* (`StateStorage.lane`) is what a storage can be slow at as a whole, such as one server of a cluster. A group
-never mixes lanes, and each lane has at most `StateStorage.concurrency` groups at a time, so a stalled lane does not
-use up what the others need. Most storages have one lane.
+A *lane* (`StateStorage.lane`) is a part of the storage that may be slow on its own, such as one server of a cluster. A
+group never mixes lanes, and each lane has at most `StateStorage.concurrency` groups at a time: a stalled lane does not
+use up the workers of the others. Most storages have one lane.
 
-What a worker thread does next:
+What a worker thread does:
 
-| it has                        | it                                                                                 |
-|-------------------------------|------------------------------------------------------------------------------------|
-| no lane                       | waits for a request; after `IDLE_SECONDS`, or when the storage is closed, it ends   |
-| a request for a lane          | takes all ready contexts of the lane (up to `largest_group` operations) as a group |
-| more ready contexts than that | requests another worker for the lane, unless the lane has all it may have           |
-| a group                       | calls `execute`; each job is delivered as soon as its outcomes are known            |
-| a finished group              | takes the next group of the lane; if there is none, it has no lane                 |
+| it has                  | then                                                                                   |
+|-------------------------|----------------------------------------------------------------------------------------|
+| nothing                 | it waits for a request; after `IDLE_SECONDS`, or when the storage is closed, it ends   |
+| a request for a lane    | it takes the ready jobs of the lane, and those behind them, as a group                 |
+| left some behind        | (a group has at most `largest_group`) it requests another worker for the lane          |
+| a group                 | it calls `execute`; each job is delivered as soon as its last operation is settled     |
+| finished a group        | it takes the next one of the lane; if none is ready, it has nothing                    |
 
-A blocking call that finds its lane free and its context idle runs in the caller's own thread: no hand-over, no worker.
+A blocking call whose context is idle and whose lane is not full runs in the thread of the caller: no worker takes part.
 
-**Locks.** `Engine._lock` guards the contexts, lanes and counts of one storage. Whoever holds it neither waits nor
-calls code of others. The only other lock is that of `renewal`. A worker that fails at any line abandons its group: what
-was not settled is reported as unknown or unavailable, and another worker takes its place.
+**Locks.** `Engine._lock` guards the queue of one storage. Its holder does not wait, and calls nothing outside of this
+package (the storage's `lane` and `execute`, the callbacks of jobs). `renewal` has one more for its own thread.
 
-**Re-entry.** A signal handler or finalizer may call the same storage from within a call of the same thread. It would
-wait for the code that it interrupted, so it is a StateConflictError at once (`Engine._inside`).
+**Failures.** An exception at any line of a worker ends what it was doing, not those who wait: jobs of its group that
+are not done end with StateOutcomeUnknownError (reads: StateUnavailableError), and another worker takes over.
+
+**Re-entry.** A signal handler or a finalizer may call a storage from within a call of the same thread, and would wait
+for the code that it interrupted. `Engine._inside` has the threads that are inside; such a call is a StateConflictError.
+
+**Event loops.** An awaited job holds a future of its loop. The worker that finishes it appends it to the loop's mailbox
+and wakes the loop, once for all that is in the mailbox.
 
 `queue` has the queue and its workers, `loops` the bridge to event loops, `renewal` keeps the leases of turns alive.
 """

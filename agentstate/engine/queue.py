@@ -509,7 +509,7 @@ def _deliver(job: Job) -> None:
     for _ in range(2):  # it may have been for want of memory
         try:
             job.deliver()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged
             _logger().exception("an outcome could not be delivered")
         else:
             return
@@ -534,7 +534,7 @@ def _work(reference: weakref.ref[Engine], requests: SimpleQueue[_Lane | None]) -
                 return
             engine._serve(lane)
             del engine
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - logged
         engine = reference()
         if engine is not None:
             engine._end_worker(threading.current_thread())

@@ -127,7 +127,7 @@ class Call:
 
 
 _degraded = 0
-_degraded_lock = threading.Lock()
+_degraded_lock = threading.RLock()  # a handler of a signal may call a handler
 
 
 def degraded_calls() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -37,34 +38,34 @@ _OF_ONE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, err
 class StateStorage(ABC):
     """Keeps contexts, each a history, variables and metadata.
 
-    A backend implements `execute` and `close`. (With only "read a document, replace a document, list them" at hand,
-    derive from `agentstate.storage.document.DocumentStorage` instead.) `agentstate.testing.StorageContract` tells
-    whether it keeps its promises.
+    A backend implements `execute` and `close`. A store that can only read a document, replace a document and list
+    them derives from `agentstate.storage.document.DocumentStorage` instead. `agentstate.testing.StorageContract` tests
+    whether a backend keeps the promises of this class.
 
     Options of every backend:
 
-    - `ttl`: seconds after its last write until a context expires; None keeps it forever
-    - `max_history`: a context keeps only its last so many messages; None keeps all
-    - `max_value_bytes`: the largest variable, metadata value or message, as JSON
-    - `deadline`: seconds a call may take, lock waits and retries included; after it no attempt starts
+    - `ttl`: seconds from the last write to a context until it expires; None: never
+    - `max_history`: messages that a context keeps, the newest ones; None: all
+    - `max_value_bytes`: bytes that a variable, metadata value or message may have as JSON
+    - `deadline`: seconds that a call may take, waiting for locks and retries included; no attempt starts after it
 
-    Raises StateConfigError for an option that makes no sense.
+    Raises StateConfigError for an unknown option or an invalid value.
     """
 
     blocking: ClassVar[bool] = True
-    """Whether `execute` may wait for something (disk, network, locks). Where it never does, it is called on the event
-    loop's own thread."""
+    """Whether `execute` may wait for a disk, the network or a lock. If it never does, asyncio calls it directly on the
+    thread of the event loop."""
 
     concurrency: ClassVar[int] = 4
-    """How many calls of `execute` are useful at a time, for each `lane`. What waits meanwhile is joined into the next
-    one."""
+    """How many calls of `execute` may run at the same time, for each `lane`. Operations that arrive meanwhile wait, and
+    are given to the next call together."""
 
     largest_group: ClassVar[int] = 1024
-    """Operations that are given to `execute` together at most; more would make the first of them wait for the last."""
+    """How many operations are given to one call of `execute` at most."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # `execute_one` is a short way through `execute`: a class that replaces only the latter must not be passed by.
+        # `execute_one` is a shortcut for `execute`. A subclass that overrides only `execute` must not inherit it.
         nearest = next(base for base in cls.__mro__ if {"execute", "execute_one"} & vars(base).keys())
         if "execute_one" not in vars(nearest):
             cls.execute_one = StateStorage.execute_one  # type: ignore[method-assign]
@@ -90,21 +91,29 @@ class StateStorage(ABC):
         self.tally = Tally()
         self.telemetry: Any = None  # who is told of calls: see `agentstate.telemetry`
         self.before_close: list[Callable[[], object]] = []
-        """Called when `close` begins, by whoever has calls for this storage in a queue."""
+        """Functions that `close` calls first: they wait for the calls that are queued for this storage."""
         _alive.add(self)
+
+    def __repr__(self) -> str:
+        # Only what holds no secret: other options, those of third parties included, may.
+        options = {name: getattr(self, name, None) for name in ("storage_dir", "key_prefix", "ttl", "max_history")}
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
 
     @abstractmethod
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
         """Carry out `operations` and call `settle(index, outcome)` exactly once for each, as soon as it is known.
 
-        Operations on one context take effect in the order given; nothing is promised between contexts. A failed
-        operation fails alone: its outcome is a StateError, and nothing is raised for it. Blocking and thread-safe;
-        several calls may run at a time, but the caller sees to it that no two hold operations of one context.
-        An operation whose `deadline` has passed is not attempted (StateTimeoutError); lock waits and retries end there.
+        Operations on one context take effect in the order given; nothing is promised between contexts. An operation
+        that fails does not affect the others: its outcome is a StateError, which is not raised. Blocking and
+        thread-safe: several calls may run at a time, but never two with operations on the same context.
+        An operation whose `deadline` has passed is not attempted (StateTimeoutError). Waiting for locks and retries
+        end there too.
         """
 
     def execute_one(self, operation: Operation) -> Outcome:
-        """`execute` for one operation, whose error is raised. A backend that knows a shorter way overrides it."""
+        """`execute` for one operation: returns its outcome or raises its error. A backend may override it to be
+        faster; the default calls `execute`."""
         outcomes: list[Any] = [PENDING]
         self.execute((operation,), outcomes.__setitem__)
         outcome: Outcome | StateError = outcomes[0]
@@ -115,28 +124,41 @@ class StateStorage(ABC):
         return outcome
 
     def lane(self, operation: Operation) -> Hashable:
-        """What the operation shares with others when it is slow, such as the server that it goes to.
+        """A name for what may be slow on its own, such as the server of a cluster that the operation is sent to.
 
-        Operations of different lanes are never given to `execute` together, and do not use up each other's
-        `concurrency`. Decided without waiting for anything.
+        Operations of different lanes are never given to `execute` together, and each lane has its own `concurrency`: a
+        stalled server delays only the operations that need it. Must not wait for anything.
         """
         return None
 
     def expects(self, context_id: str) -> bool:
-        """Whether the context is likely to exist, so that `get_or_create` should read it first, and only if it is gone
-        commit that it be there. For backends where a commit that finds it existing costs more than a read."""
+        """Whether the context probably exists. Then `get_or_create` reads first, and commits only if it is absent.
+        For backends where a commit costs more than a read."""
         return False
 
     def close(self) -> None:
-        """Let go of files, connections and locks, after what is under way (at most a `deadline` long).
+        """Wait for calls that have begun (at most `deadline` seconds), then release files, connections and locks.
 
-        What was acknowledged is stored. Later calls are StateUnavailableError; closing twice is fine. A backend calls
-        this first, and then lets go of what is its own.
+        Acknowledged writes are stored. Later calls raise StateUnavailableError; closing again does nothing. A backend
+        that overrides this calls it first, and then releases its own resources.
         """
         if not self.closed:
             for finish in self.before_close:
                 finish()
             self.closed = True
+
+    def has_resources(self) -> bool:
+        """Whether the object has opened files or connections that `close` would release."""
+        return False
+
+    def __del__(self) -> None:
+        # getattr: a subclass may have refused its options before `__init__` came here.
+        if not getattr(self, "closed", True) and not sys.is_finalizing() and self.has_resources():
+            from warnings import warn
+
+            text = f"unclosed {self!r}: call close(), or use its context in a with block"
+            warn(text, ResourceWarning, stacklevel=2, source=self)
+            self.close()
 
     def call(self, operation: Operation) -> Outcome:
         """Carry out one operation in this thread, and return its outcome or raise its error.
@@ -148,7 +170,7 @@ class StateStorage(ABC):
         tally = self.tally
         kind = type(operation)
         try:
-            # Next to a call that is all in memory, two readings of the clock would be much.
+            # Reading the clock twice would be a large part of a call that never waits.
             if next(tally.alone[kind]) % TIMED_ONE_IN and not self.blocking:
                 return self.execute_one(operation)
             began = monotonic_ns()
@@ -161,9 +183,9 @@ class StateStorage(ABC):
             raise
 
     def carry_out(self, operations: Sequence[Operation]) -> list[Outcome | StateError]:
-        """`execute` in this thread, counted, with the outcomes in a list.
+        """`execute` in this thread. Returns the outcomes, errors as values.
 
-        As with `execute`, the caller sees to it that no other thread is at these contexts.
+        As with `execute`, no other call on these contexts may run at the same time.
         """
         outcomes: list[Any] = [PENDING] * len(operations)
         began = monotonic_ns()
@@ -175,19 +197,19 @@ class StateStorage(ABC):
         return outcomes
 
     def statistics(self) -> StorageStatistics:
-        """What this object has done since it was made (in the child of a fork: since the fork).
+        """What this object has done since it was created (in a forked child: since the fork).
 
-        Counting is always on, costs a fraction of a microsecond a call, and sees this object only: not what other
-        processes, or other objects in this one, do with the same store.
+        Always counted, for less than a microsecond per call. Other processes, and other objects in this process that
+        use the same store, are not included.
         """
         from .statistics import statistics_of  # late: dataclasses take their time to import
 
         return statistics_of(self.tally)
 
     def telemetry_attributes(self) -> dict[str, str | int]:
-        """What telemetry says of this store, in the names of OpenTelemetry's conventions for databases.
+        """Attributes of this store for all spans and metrics, named as in OpenTelemetry's database conventions.
 
-        Nothing secret, and nothing of single conversations: all spans and metrics carry it.
+        They contain no secrets and nothing about single conversations.
         """
         return {"db.system.name": f"agentstate.{type(self).__name__.removesuffix('Storage').lower()}"}
 
@@ -197,11 +219,11 @@ class StateStorage(ABC):
             raise StateUnavailableError(f"this {type(self).__name__} is closed")
 
     def _after_fork(self) -> None:  # noqa: B027 - nothing to forget is a fine answer
-        """In the child of a fork: forget sockets, lock handles and threads of the parent without touching them."""
+        """In a forked child: drop the sockets, lock handles and threads of the parent without using them."""
 
 
 def check_deadline(operation: Operation) -> None:
-    """Raise StateTimeoutError where the operation may not be attempted any more."""
+    """Raise StateTimeoutError if the deadline of the operation has passed."""
     if time.monotonic() >= operation.deadline:
         raise StateTimeoutError(
             "the deadline passed before the operation was attempted; nothing was done",
@@ -210,9 +232,9 @@ def check_deadline(operation: Operation) -> None:
 
 
 def concerns_one_context(error: StateError) -> bool:
-    """Whether the store can be reached, and only what it keeps of this context cannot be read.
+    """Whether the store itself is reachable, and only this context cannot be read.
 
-    So it is with a file that is another user's, is a link, or is none: a folder, a FIFO, a socket.
+    For example because its file belongs to another user, is a link, or is a folder, a FIFO or a socket.
     """
     if not isinstance(error, StateUnavailableError):
         return not isinstance(error, StateTimeoutError)
@@ -225,21 +247,21 @@ def concerns_one_context(error: StateError) -> bool:
 def positive_seconds(option: str, value: Any) -> float:
     """`value` as seconds, at most `LONGEST`. Raises StateConfigError unless it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        raise StateConfigError(f"{option} is a positive number of seconds, not {value!r}")
+        raise StateConfigError(f"{option} must be a positive number of seconds, got {value!r}")
     return min(value, LONGEST)
 
 
 def positive_integer(option: str, value: Any) -> int:
     """`value` as a count. Raises StateConfigError unless it is a positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise StateConfigError(f"{option} is a positive whole number, not {value!r}")
+        raise StateConfigError(f"{option} must be a positive whole number, got {value!r}")
     return value
 
 
 def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
     """`value`, if it is one of `allowed`. Raises StateConfigError otherwise."""
     if value not in allowed:
-        raise StateConfigError(f"{option} is one of {', '.join(map(repr, allowed))}, not {value!r}")
+        raise StateConfigError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return str(value)
 
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from ..errors import StateError
+from ..errors import StateConflictError, StateError
 from ..operations import (
     REMEMBER_CLEARED,
     REMEMBERED_COMMITS,
+    Answer,
     Append,
     Commit,
     Lease,
@@ -29,55 +30,147 @@ from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, ClassVar
+    from typing import Any, ClassVar, Final
+
+
+_COMPACT: Final = 64
+"""A list of messages is made anew where more than half of it, and more than so many, are gone."""
 
 
 class _Context(Image):
-    """An image with its messages, and when it may be forgotten entirely (None: as long as it lives)."""
+    """A context as one commit left it. Nothing in it changes: the next commit makes another one, and puts it into its
+    place by a single assignment, so that an exception or a fork in the middle finds the one before.
 
-    __slots__ = ("forget_at", "messages")
+    The list of messages is shared by all of them. The positions from `start` to `end` are those of this one, and
+    `base` is the position of the list's first message. Only what is behind `end` may be changed: a commit removes what
+    one before it took off, or left behind when it was interrupted, and appends.
+
+    Remembered commits are a chain of `(id, answer, the commit before, how many)`. `forget_at`: when an absent context
+    may be forgotten entirely (`time.monotonic`; None: as long as it lives).
+    """
+
+    __slots__ = ("base", "chain", "forget_at", "messages")
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[bytes] = []
+        self.base = 0
+        self.chain: Any = None
         self.forget_at: float | None = None
 
     def read(self, first: int, stop: int) -> list[bytes]:
-        return self.messages[first - self.start : stop - self.start]
+        return self.messages[first - self.base : stop - self.base]
 
-    def add(self, commit: Commit, now: int, ttl: float | None) -> None:
-        """Become what the context is after a commit that `only_adds`.
+    def remembered(self, commit_id: str) -> Answer | None:
+        link = self.chain
+        while link is not None:
+            if link[0] == commit_id:
+                answer: Answer = link[1]
+                return answer
+            link = link[2]
+        return None
 
-        Nearly all commits do: this is what `resolve` and `apply` make of them, in a third of the time.
+    def remember(self, commit_id: str, answer: Answer) -> None:
+        count = self.chain[3] if self.chain is not None else 0
+        if count >= 2 * REMEMBERED_COMMITS - 1:  # in blocks, so that forgetting costs nothing per commit
+            self._forget_oldest()
+            count = self.chain[3]
+        self.chain = (commit_id, answer, self.chain, count + 1)
+
+    def _forget_oldest(self) -> None:
+        kept: list[tuple[str, Answer]] = []
+        link = self.chain
+        while len(kept) < REMEMBERED_COMMITS - 1:
+            kept.append(link[:2])
+            link = link[2]
+        self.chain = None
+        for count, (commit_id, answer) in enumerate(reversed(kept), 1):
+            self.chain = (commit_id, answer, self.chain, count)
+
+    def with_added(self, commit: Commit, now: int, ttl: float | None) -> _Context:
+        """The context after a commit that `only_adds`.
+
+        Nearly all commits do: this is what `resolve` and `after` make of them, in half the time.
         """
+        new = _Context.__new__(_Context)
+        new.exists = True
+        new.user_id = self.user_id
+        new.created = self.created
+        new.updated = max(self.updated, now)
+        new.revision = self.revision + 1
+        new.expires = None if ttl is None else expiry(now, ttl)
+        new.variables = self.variables
+        new.metadata = self.metadata
+        new.start = self.start
+        new.end = self.end
+        new.base = self.base
+        new.messages = self.messages
+        new.forget_at = None
+        new.chain = self.chain
         for change in commit.changes:
             if isinstance(change, Append):
-                self.messages += change.messages
-                self.end = self.start + len(self.messages)
+                new.append(change.messages)
             elif isinstance(change, Put):
-                (self.variables if change.space is Space.VARIABLES else self.metadata).update(change.items)
-        self.revision += 1
-        if now > self.updated:
-            self.updated = now
-        self.expires = None if ttl is None else expiry(now, ttl)
+                if change.space is Space.VARIABLES:
+                    new.variables = new.variables.copy()
+                    new.variables.update(change.items)
+                else:
+                    new.metadata = new.metadata.copy()
+                    new.metadata.update(change.items)
         answer = commit.answer
-        self.remember(commit.commit_id, kept_answer(answer) if answer else answer)
+        new.remember(commit.commit_id, kept_answer(answer) if answer else answer)
+        return new
 
-    def apply(self, effects: Effects) -> None:
-        if effects.deletes:
-            self.messages = []
-        else:
-            del self.messages[max(0, effects.keep - self.start) :]
-            del self.messages[: effects.start - self.start]
-        self.messages += effects.appended
-        super().apply(effects)
+    def append(self, messages: Sequence[bytes]) -> None:
+        """Of a new context: append messages, behind those that it shares with others."""
+        own = self.messages
+        size = self.end - self.base
+        if len(own) > size:
+            del own[size:]
+        own += messages
+        self.end += len(messages)
+
+    def after(self, effects: Effects) -> _Context:
+        """The context after `effects`."""
+        if not effects.exists:
+            new = self.expired()
+            new.remember(effects.commit_id, kept_answer(effects.answer))
+            return new
+        new = _Context.__new__(_Context)
+        new.chain = self.chain
+        new.forget_at = None
+        # `apply` changes these.
+        new.variables = self.variables.copy() if effects.variables or effects.replaces_variables else self.variables
+        new.metadata = self.metadata.copy() if effects.metadata or effects.replaces_metadata else self.metadata
+        new.messages = self.messages
+        new.base = self.base
+        new.apply(effects)
+        if effects.keep == self.end and not effects.deletes:
+            new.end = effects.keep
+            new.append(effects.appended)
+        elif effects.deletes or effects.keep > self.end or effects.appended:
+            kept = [] if effects.deletes else self.read(effects.start, effects.keep)
+            new.messages, new.base = [*kept, *effects.appended], effects.start
+        gone = len(new.messages) - (new.end - new.start)
+        if gone > _COMPACT and gone > len(new.messages) // 2:
+            new.messages, new.base = new.read(new.start, new.end), new.start
+        return new
+
+    def expired(self) -> _Context:
+        """The context without anything but its remembered commits."""
+        new = _Context()
+        new.chain = self.chain
+        new.forget_at = time.monotonic() + REMEMBER_CLEARED
+        return new
 
 
 class InMemoryStorage(StateStorage):
     """Keeps conversations in memory, within one process; nothing survives its exit.
 
-    Values are kept as JSON text, so every value read is the caller's own copy. Every operation costs the same however
-    long the conversation is; thread-safe.
+    Values are kept as JSON text, so every value read is the caller's own copy. An operation costs the same however long
+    the history is; setting a key costs in proportion to the number of keys. Thread-safe. A commit takes effect whole or
+    not at all, whatever a signal handler raises in the middle of it. Code that runs in the middle of a write of the
+    same thread (a signal handler, a finalizer) may read; its writes are a StateConflictError.
     """
 
     blocking: ClassVar[bool] = False
@@ -86,7 +179,8 @@ class InMemoryStorage(StateStorage):
         super().__init__(**options)
         self._contexts: dict[str, _Context] = {}
         self._leases: dict[str, tuple[str, float]] = {}  # context id to token and its end (monotonic)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # for writes; that of a thread that holds it already is refused
+        self._writing = False
         self._commits_until_sweep = 1
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
@@ -99,70 +193,74 @@ class InMemoryStorage(StateStorage):
             settle(index, outcome)
 
     def _carry_out(self, operation: Operation) -> Outcome:
+        if isinstance(operation, Query):
+            self._check(operation)
+            return self._query(operation)
+        if isinstance(operation, Listing):
+            self._check(operation)
+            return self._list(operation)
         with self._lock:
-            if self.closed or time.monotonic() >= operation.deadline:
-                self.check_open()
-                check_deadline(operation)
-            return self._execute(operation)
+            if self._writing:
+                raise StateConflictError(
+                    "this runs in the middle of another write of the same thread, as a signal handler or a finalizer "
+                    "does; nothing was changed: let a thread or the event loop make this call",
+                    context_id=operation.context_id,
+                )
+            try:
+                self._writing = True
+                self._check(operation)
+                return self._commit(operation) if isinstance(operation, Commit) else self._lease(operation)
+            finally:
+                self._writing = False
 
     execute_one = _carry_out
 
-    def _execute(self, operation: Operation) -> Outcome:
-        if isinstance(operation, Query):
-            return self._query(operation)
-        if isinstance(operation, Commit):
-            return self._commit(operation)
-        if isinstance(operation, Lease):
-            return self._lease(operation)
-        return self._list(operation)
+    def _check(self, operation: Operation) -> None:
+        if self.closed or time.monotonic() >= operation.deadline:
+            self.check_open()
+            check_deadline(operation)
 
     def _query(self, query: Query) -> Snapshot | None:
-        context = self._contexts.get(query.context_id)
-        if context is None or not context.exists:
-            return None
-        if context.expires is not None and context.expires <= now_microseconds():
-            return None
-        check_owner(context, query.user, query.context_id)
-        return context.snapshot(query, context.read)
+        while True:
+            context = self._contexts.get(query.context_id)
+            if context is None or not context.exists:
+                self.check_open()  # closing empties the store
+                return None
+            if context.expires is not None and context.expires <= now_microseconds():
+                return None
+            check_owner(context, query.user, query.context_id)
+            snapshot = context.snapshot(query, context.read)
+            # Messages that were popped may have been overwritten meanwhile: then it is read again.
+            if self._contexts.get(query.context_id) is context:
+                return snapshot
 
     def _commit(self, commit: Commit) -> bytes:
-        context = self._contexts.get(commit.context_id)
         now = now_microseconds()
-        if context is None:
-            context = _Context()
+        context = self._contexts.get(commit.context_id) or _Context()
+        if context.exists and not context.lives(now):
+            context = context.expired()
+        if only_adds(commit, context):
+            self._contexts[commit.context_id] = context.with_added(commit, now, self.ttl)
+            answer = commit.answer
         else:
-            if context.expires is not None:
-                self._expire(context, now)
-            if only_adds(commit, context):
-                context.add(commit, now, self.ttl)
-                self._commits_until_sweep -= 1
-                if self._commits_until_sweep <= 0:
-                    self._sweep(now)
-                return commit.answer
-        lease = self._leaseholder(commit.context_id) if commit.fence is not None else None
-        effects = resolve(context, commit, now=now, ttl=self.ttl, lease=lease, read=context.read)
-        if not isinstance(effects, Effects):
-            return effects
-        context.apply(effects)
-        context.forget_at = None if context.exists else time.monotonic() + REMEMBER_CLEARED
-        self._contexts[commit.context_id] = context
+            lease = self._leaseholder(commit.context_id) if commit.fence is not None else None
+            effects = resolve(context, commit, now=now, ttl=self.ttl, lease=lease, read=context.read)
+            if not isinstance(effects, Effects):
+                return effects
+            self._contexts[commit.context_id] = context.after(effects)
+            answer = effects.answer
         self._commits_until_sweep -= 1
         if self._commits_until_sweep <= 0:
             self._sweep(now)
-        return effects.answer
-
-    def _expire(self, context: _Context, now: int) -> None:
-        if context.exists and not context.lives(now):
-            context.expire(now)
-            context.messages = []
-            context.forget_at = time.monotonic() + REMEMBER_CLEARED
+        return answer
 
     def _sweep(self, now: int) -> None:
         """Forget what expired or was cleared long ago; so seldom that it costs nothing per commit."""
         monotonic = time.monotonic()
         for context_id, context in list(self._contexts.items()):
-            self._expire(context, now)
-            if context.forget_at is not None and context.forget_at <= monotonic:
+            if context.exists and not context.lives(now):
+                self._contexts[context_id] = context.expired()
+            elif context.forget_at is not None and context.forget_at <= monotonic:
                 del self._contexts[context_id]
         self._leases = {key: lease for key, lease in self._leases.items() if lease[1] > monotonic}
         self._commits_until_sweep = max(REMEMBERED_COMMITS, len(self._contexts))
@@ -189,8 +287,9 @@ class InMemoryStorage(StateStorage):
         # once keys disappear, so a listing is taken whole. Ids are shared strings: 8 bytes each.
         now = now_microseconds()
         wanted = partial(_listed, listing=listing, now=now)
-        ids = (context_id for context_id, context in self._contexts.items() if wanted(context))
-        return Page(tuple(ids), None)
+        ids = tuple(context_id for context_id, context in list(self._contexts.items()) if wanted(context))
+        self.check_open()  # closing empties the store
+        return Page(ids, None)
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         return {"db.system.name": "agentstate.memory"}
@@ -198,11 +297,12 @@ class InMemoryStorage(StateStorage):
     def close(self) -> None:
         super().close()
         with self._lock:
-            self._contexts.clear()
-            self._leases.clear()
+            self._contexts = {}
+            self._leases = {}
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._writing = False
 
 
 def _listed(context: _Context, *, listing: Listing, now: int) -> bool:

@@ -106,6 +106,10 @@ class Image:
         _update(self.variables, effects.variables, effects.replaces_variables)
         _update(self.metadata, effects.metadata, effects.replaces_metadata)
 
+    def remembered(self, commit_id: str) -> Answer | None:
+        """What the commit of that id answered; None where it is not remembered."""
+        return self.commits.get(commit_id)
+
     def remember(self, commit_id: str, answer: Answer) -> None:
         commits = self.commits
         commits[commit_id] = answer
@@ -183,7 +187,7 @@ def resolve(
     TurnLostError or StateConflictError; changes nothing itself.
     """
     check_owner(image, commit.user, commit.context_id)
-    remembered = image.commits.get(commit.commit_id)
+    remembered = image.remembered(commit.commit_id)
     if remembered is not None:
         return _answer_again(remembered, commit)
     if commit.fence is not None and commit.fence != lease:
@@ -212,7 +216,7 @@ def only_adds(commit: Commit, image: Image) -> bool:
         or absent
         or idle_for is not None
         or (user is not None and user != image.user_id)
-        or (not fresh and commit_id in image.commits)
+        or (not fresh and image.remembered(commit_id) is not None)
     ):
         return False
     for change in changes:

@@ -43,7 +43,7 @@ class Tally:
     def begin_anew(self) -> None:
         """Count from zero: at first, and in the child of a fork."""
         self.since = monotonic()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler may make a call while its thread is counting another
         self.alone = {kind: count() for kind in KINDS}
         self._looks = 0  # how often `operations` drew numbers that stand for no operation
         self._grouped = dict.fromkeys(KINDS, 0)

@@ -60,7 +60,7 @@ class FileStorage(StateStorage):
         positive_integer("cache_bytes", cache_bytes)
         super().__init__(**options)
         self._folder = Folder(path, file_system or FileSystem(), self.tally)
-        access = Access(self._folder, exclusive=exclusive)
+        self._access = access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
@@ -103,6 +103,9 @@ class FileStorage(StateStorage):
         if self.closed:
             self.check_open()
         return self._one(operation)
+
+    def has_resources(self) -> bool:
+        return self._access.is_open or self._folder.open_files > 0
 
     def verify(self) -> Iterator[Problem]:
         """Look through all that is stored, and say what is damaged. Raises StateUnavailableError."""

@@ -59,6 +59,10 @@ class ValkeyDocuments(DocumentStorage):
         self._min_replicas = min_replicas
         self._offset = 0  # from this process's monotonic clock to the server's time, in microseconds
 
+    def slot(self, context_id: str) -> int:
+        """The cluster slot of a context."""
+        return self._servers.slot(self._key(context_id))
+
     def clock(self) -> int:
         return int(monotonic() * MICROSECONDS) + self._offset
 

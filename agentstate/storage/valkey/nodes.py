@@ -30,12 +30,17 @@ class Pool:
         self._connect = connect
         self._limit = limit
         self.offset = 0
-        self._second = b""  # of the server's time, in which `offset` was last set
         self._closed = False
-        self.forget()
+        self._start()
 
     def forget(self) -> None:
-        """Let go of all connections without a word: in the child of a fork they are the parent's."""
+        """In the child of a fork: close this process's copies of the parent's sockets, without a word to the server."""
+        connections = [*self._open]
+        self._start()
+        for connection in connections:
+            connection.close()
+
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._idle: list[Connection] = []
@@ -44,11 +49,16 @@ class Pool:
         self._waiting = 0
         self._sent = self._received = 0  # bytes, on connections that are closed
 
-    def acquire(self, deadline: float, patience: float | None = None) -> Connection:
-        """A connection that answers until `deadline`; a new one is waited for until `patience`, if that is less.
+    def acquire(self, deadline: float) -> Connection:
+        """A connection that waits for answers until `deadline`.
 
-        Raises LostConnectionError, ServerError, StateTimeoutError.
+        Raises LostConnectionError, ServerError, or StateTimeoutError where all are in use until then.
         """
+        connection = self._idle_one() or self._wait_for_one(deadline)
+        connection.deadline = deadline
+        return connection
+
+    def _wait_for_one(self, deadline: float) -> Connection:
         with self._lock:
             self._waiting += 1
             try:
@@ -61,11 +71,10 @@ class Pool:
             finally:
                 self._waiting -= 1
             if connection is not None:
-                connection.deadline = deadline
                 return connection
             self._connecting += 1
         try:
-            connection = self._connect(self, deadline if patience is None else patience)
+            connection = self._connect(self, deadline)
         except BaseException:
             with self._lock:
                 self._connecting -= 1
@@ -74,19 +83,11 @@ class Pool:
         with self._lock:
             self._connecting -= 1
             self._open.add(connection)
-        connection.deadline = deadline
         return connection
 
     def has_idle(self) -> bool:
         """Whether there is a connection that nobody uses."""
         return bool(self._idle)
-
-    def acquire_idle(self, deadline: float) -> Connection | None:
-        """A connection if one is there already, and there is time."""
-        if deadline <= monotonic() or (connection := self._idle_one()) is None:
-            return None
-        connection.deadline = deadline
-        return connection
 
     def ask(self, deadline: float, *commands: bytes) -> list[Any]:
         """The replies to packed commands, errors among them as values, over some connection."""
@@ -123,13 +124,6 @@ class Pool:
             sent = self._sent + sum(connection.sent for connection in self._open)
             received = self._received + sum(connection.received for connection in self._open)
             return idle, len(self._open) + self._connecting - idle, sent, received
-
-    def hear(self, header: bytes) -> None:
-        """Set `offset` by an answer of the script; once a second, since clocks do not drift faster."""
-        second = header[:10]
-        if second != self._second:
-            self._second = second
-            self.offset = int(header[:16]) - int(monotonic() * 1_000_000)
 
     def _idle_one(self) -> Connection | None:
         try:
@@ -170,7 +164,6 @@ class Servers:
         self._slots: list[Address] = []  # of a cluster: which primary has which slot; empty where that is not known
         connect = self._connect_to_primary if target.kind == "sentinel" else partial(self._connect, target.addresses[0])
         self._single = Pool(connect, max_connections)
-        self.only = None if self.is_cluster else self._single
 
     def pool(self, slot: int, deadline: float) -> Pool:
         """The pool of the server that has this slot (of a cluster; otherwise there is but one)."""
@@ -178,6 +171,11 @@ class Servers:
             return self._single
         slots = self._slots or self._read_slots(deadline)
         return self.pool_at(slots[slot])
+
+    def address(self, slot: int) -> Address | None:
+        """Of a cluster: the server that has this slot, as far as is known without asking."""
+        slots = self._slots
+        return slots[slot] if slots else None
 
     def ask(self, key: bytes, deadline: float, *commands: bytes) -> list[Any]:
         """The replies to packed commands, errors among them as values, of the server that has this key."""

@@ -1,321 +1,93 @@
--- Carries out operations on contexts, each of them as one atomic step. The rules are those of resolve.py.
+-- Carries out operations on contexts, each of them as one atomic step. The rules are those of resolve.py; which keys a
+-- context has, and what is in them, is described in loglayout.py.
 --
--- KEYS: of every operation the hash (state), the list of messages (history) and the list of remembered commits; then the
--- lease of those that need it.
--- ARGV: settings of the call, and then the operations. Of each operation first its shape: three bytes that count its
--- arguments (big-endian), a letter for its kind, and a letter for each of its parts, whose arguments follow in that
--- order. Values, messages and names are opaque. The settings are "not_after", or "not_after ttl earlier confirm":
---   not_after  microseconds of this server's clock; a copy of the call that arrives later is refused
---   ttl        microseconds, or 0
---   earlier    the largest not_after of earlier copies of these operations, whose fate is unknown; or 0
---   confirm    1: replicas will be waited for, so even a commit that was applied before has to write something
--- Answers this server's time (16 digits) with a code letter for each operation; where codes have more to say, an array
--- of it and an element for each of them.
+-- KEYS   For each operation the names of the context's state, history and commits; then its lease if the operation is a
+--        lease or inside a turn.
+-- ARGV   The four settings of the call, and then the operations. An operation is its shape, followed by its arguments.
+--        The shape is the number of arguments (three bytes, big-endian), a letter for the kind and a letter for each
+--        part; the arguments of the parts follow in that order.
+-- Answer The server's time (16 digits) with one code letter for each operation. If a code has more to say, an array of
+--        that text and an element for each such code.
 --
--- Remembered commits are a list, oldest first, of their ids. What belongs to one follows it: '\n', its time, '\n', its
--- answer; or '\t', its time, '\t', and the not_after of a copy that was on its way when the commit was refused. A last
--- element '\r' says that the context was cleared. Looking an id up means going through the list, so it is done only for
--- a commit that may be there: one whose id the caller gave, one that was sent before, and any commit of a context for
--- which such a copy may still be on its way. Until when that may be is the hash's field "guard".
+-- Settings, in this order; times are in microseconds:
+--   not_after  the server time after which a copy of this call is refused
+--   ttl        0: contexts do not expire
+--   earlier    the largest not_after of earlier copies of these operations whose outcome is unknown, or 0
+--   confirm    1: the client waits for replicas, so a commit that was applied before has to write something again
 --
--- WINDOW, REMEMBERED, REMEMBER_CLEARED and LARGEST_KEPT are put in by the client. Functions are made anew by each call of
--- the script, and every variable that one catches costs a fifth of a command. So what most calls ask comes first, without
--- any function; the others are made when they are needed, and are given what they need as a table, `at`.
+-- Kinds: C commit; F commit inside a turn; D conversion; G conversion inside a turn; Q query; L lease.
+--
+-- Conditions of a commit, which come before its changes:
+--   q  (none)         the id was given by the caller: it may have been used before
+--   u  user           the caller is bound to this user
+--   f  token          the commit belongs to the turn with this lease
+--   n  (none)         the context must not exist
+--   w  microseconds   the context must have been idle for so long
+--   e  field, value   the field must have this value
+--   g  field          the field must be absent
+--   r  answer         what is answered if no change has an answer of its own
+-- Changes of a commit; uppercase letters create an absent context:
+--   A  count, messages            append
+--   S  count, fields and values   set
+--   Y  count, fields and values   replace all variables
+--   Z  count, fields and values   replace all metadata
+--   I  field, number              increment
+--   J  field, 0 or 1, value, sum  increment from this value (1) or from none (0), added up by the client
+--   C  (none)                     exist
+--   O  user                       exist, owned by this user
+--   T  user                       set the owner
+--   R  user, start, created, updated, revision, expires: restore ('' for a value that is not given)
+--   d  field                      drop a field
+--   t  keep                       trim
+--   p  n                          pop
+--   x  (none)                     delete the context
+--
+-- Codes, with what else they say:
+--   k            done                           a  answer                  done, with this answer
+--   s  fields    a snapshot without messages    S  fields, first, messages, whole hash or ''
+--   n            absent                         A                          done before; its answer was too large to keep
+--   t, f         a lease is held, is not        o                          another owner
+--   l            the turn lost its lease        x                          the context exists
+--   i  id        the hash of another prefix     w  key, type               a key of another type
+--   b            the history is damaged         h                          the hash is damaged
+--   v  format    written by a newer version     y                          AgentUp's document over a context
+--   L  ''        too late                       L  not_after               refused before: repeat after this time
+--   d  text, ttl AgentUp's document             u  letters behind, value   not summed: the client has to
+--   z            begin again                    e  text, E  text           an error before, after the first write
+--
+-- WINDOW, REMEMBERED, REMEMBER_CLEARED, LARGEST_KEPT and FORMAT are put in by script.py.
 
 local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
+local byte, format, sub, max, min = string.byte, string.format, string.sub, math.max, math.min
+local not_after, ttl, earlier, confirm = tonumber(args[1]), tonumber(args[2]), tonumber(args[3]), args[4] == '1'
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
-local now_text = clock[1] .. string.sub('00000' .. clock[2], -6)
-local not_after, ttl, earlier, confirm = tonumber(args[1]), 0, 0, false
-if not not_after then
-  not_after, ttl, earlier, confirm = string.match(args[1], '^(%d+) (%d+) (%d+) (%d)$')
-  not_after, ttl, earlier, confirm = tonumber(not_after), tonumber(ttl), tonumber(earlier), confirm == '1'
-end
+local now_text = format('%016.0f', now)
 -- A call from the far future was stamped before the clock was set back: its commits would be forgotten too early.
 local late = now > not_after or not_after > now + WINDOW
-local codes, results, m = {}, { '' }, 1
-local a, k, i, last = 2, 1, 0, #args
-local usual = not late and earlier == 0
-local unfinished -- contexts with an operation that will be sent again: those behind it have to wait
-local at -- what is needed for any operation; made below when it is needed
-repeat
-while a <= last do
-  local shape = args[a]
-  local high, middle, low, kind = string.byte(shape, 1, 4)
-  local code, detail
-  if unfinished and unfinished[keys[k]] then
-    code = 'z'
-  elseif usual and (shape == '\0\0\3CA' or (kind == 67 and #shape < 200 and string.find(shape, '^[AS]+$', 5))) then
-    -- The most frequent commits: messages for a context that exists, and keys set. Here and below: where anything is
-    -- unusual it leaves no trace, and the general case decides.
-    local state, stored = keys[k], attempt('HMGET', keys[k], 'id', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
-    local revision, start, stop = tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
-    if stored[1] == args[a + 1] and revision and start and stop and (stored[2] or '~') < now_text and (stored[7] or '~') < now_text
-      and (revision + 1) % REMEMBERED ~= 0 and (ttl > 0 or stored[6] == '')
-      and type(attempt('RPUSH', keys[k + 2], args[a + 2])) == 'number' then
-      local parts, n, length = #shape, 0, nil
-      if parts == 5 then
-        if shape == '\0\0\3CA' then
-          n, length = 1, attempt('RPUSH', keys[k + 1], args[a + 3])
-        end
-      else
-        local fresh, j = {}, a + 3
-        for part = 5, parts do
-          if string.byte(shape, part) == 65 then
-            n = n + 1
-            fresh[n] = args[j]
-            j = j + 1
-          else
-            j = j + 2
-          end
-        end
-        if n > 0 then
-          length = attempt('RPUSH', keys[k + 1], unpack(fresh))
-        end
-      end
-      if n > 0 and length ~= stop - start + n then
-        call('RPOP', keys[k + 2])
-        if type(length) == 'number' then
-          call('RPOP', keys[k + 1], n)
-        end
-      else
-        code = 'k'
-        if parts == 5 and ttl == 0 then
-          if n == 1 then
-            call('HSET', state, 'updated', now_text, 'rev', revision + 1, 'end', stop + 1)
-          else
-            call('HSET', state, 'updated', now_text, 'rev', revision + 1, args[a + 3], args[a + 4])
-          end
-        else
-          local set, size, j = { 'updated', now_text, 'rev', revision + 1, 'end', stop + n }, 6, a + 3
-          for part = 5, parts do
-            if string.byte(shape, part) == 65 then
-              j = j + 1
-            else
-              set[size + 1], set[size + 2] = args[j], args[j + 1]
-              size, j = size + 2, j + 2
-            end
-          end
-          if ttl > 0 then
-            set[size + 1], set[size + 2] = 'exp', string.format('%.0f', now + ttl)
-          end
-          call('HSET', state, unpack(set))
-          if ttl > 0 then
-            local expire = math.floor((now + ttl + 999) / 1000)
-            call('PEXPIREAT', state, expire)
-            call('PEXPIREAT', keys[k + 1], expire)
-            call('PEXPIREAT', keys[k + 2], math.max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
-          end
-        end
-      end
-    end
-  end
-  if not code and usual and ttl == 0 and (shape == '\0\0\4CI' or shape == '\0\0\3Cd' or shape == '\0\0\7CerS'
-      or shape == '\0\0\2CC') then
-    -- A number added to a variable; a key dropped; a key set if a variable has a value; nothing, for a context that exists.
-    local state, field, part = keys[k], args[a + 3], string.byte(shape, 5)
-    local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'exp', 'guard', part ~= 67 and field or 'id')
-    local revision, value, answer, changed = tonumber(stored[3]), stored[6], nil, nil
-    if part == 73 then
-      local before, by = value or '0', args[a + 4]
-      if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
-        answer = string.format('%.0f', before + by)
-        changed = answer
-      end
-    elseif part == 100 then
-      answer = value and 'true' or 'false'
-    elseif part == 101 then
-      answer = value == args[a + 4] and #args[a + 5] <= LARGEST_KEPT and args[a + 5]
-      field, changed = args[a + 6], args[a + 7]
-    end
-    if stored[1] == args[a + 1] and revision and stored[4] == '' and (stored[2] or '~') < now_text
-      and (stored[5] or '~') < now_text and (revision + 1) % REMEMBERED ~= 0 then
-      if part == 67 then
-        code = 'k'
-      elseif answer and type(attempt('RPUSH', keys[k + 2], args[a + 2], '\n' .. now_text .. '\n' .. answer)) == 'number' then
-        code, detail = 'a', answer
-        if changed then
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1, field, changed)
-        else
-          call('HSET', state, 'updated', now_text, 'rev', revision + 1)
-          if value then
-            call('HDEL', state, field)
-          end
-        end
-      end
-    end
-  end
-  if not code then
-    if not at then
-      break
-    end
-    local fine
-    at.wrote, at.repeated = false, true
-    if kind == 67 or kind == 70 then -- C, F: a commit; F needs the lease
-      fine, code, detail = pcall(at.commit, at, shape, a + 1, k)
-    elseif kind == 81 then -- Q
-      fine, code, detail = pcall(at.query, at, shape, a + 1, k)
-    else -- L: a lease; D, G: a conversion, G needs the lease
-      fine, code, detail = pcall(at:seldom()[kind == 76 and 'lease' or 'convert'], shape, a + 1, k)
-    end
-    if not fine then
-      detail = type(code) == 'table' and code.err or tostring(code)
-      code = at.wrote and 'E' or 'e'
-      if code == 'e' and (kind == 67 or kind == 70) then
-        code, detail = at:seldom().refused(keys[k + 2], args[a + 2], detail)
-      end
-    end
-    if string.find('deLuz', code, 1, true) then
-      unfinished = unfinished or {}
-      unfinished[keys[k]] = true
-    end
-  end
-  i = i + 1
-  codes[i] = code
-  if detail then
-    m = m + 1
-    results[m] = detail
-  end
-  a = a + 1 + high * 65536 + middle * 256 + low
-  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
-end
-if a <= last then -- What is not of the most frequent kinds.
-at = { now = now, now_text = now_text, not_after = not_after, ttl = ttl, earlier = earlier, confirm = confirm, late = late }
 
--- What most commits do without.
-function at.seldom(at)
-  if at.made then
-    return at.made
-  end
-  local make = {}
-  at.made = make
-  local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
-  local byte, find, format, match, sub = string.byte, string.find, string.format, string.match, string.sub
-  local floor, concat = math.floor, table.concat
-  local now, now_text, not_after, ttl, earlier = at.now, at.now_text, at.not_after, at.ttl, at.earlier
+-- The operation at hand.
+local state, history, commits, lease -- its keys
+local shape, a -- its letters, and the index of its next argument
+local repeated -- whether its commit id may be remembered already
+local wrote -- whether it has changed anything
 
-  function make.each_thousand(command, key, items)
-    local last
-    for first = 1, #items, 1000 do
-      last = call(command, key, unpack(items, first, math.min(first + 999, #items)))
-    end
-    return last
+-- Every call of the script makes its functions anew, which takes time. Those that most calls do not need are made when
+-- the first of them is needed.
+local made
+local function rare()
+  if made then
+    return made
+  end
+  made = {}
+  local find, match, floor = string.find, string.match, math.floor
+
+  -- What follows the id of a commit in the list.
+  function made.memory_of(answer)
+    return '\n' .. now_text .. '\n' .. (#answer > LARGEST_KEPT and '!' or answer)
   end
 
-  -- Of another type than ours under the key of a context: AgentUp's document, or something that is not touched.
-  function make.strange(problem, k)
-    if sub(problem.err, 1, 9) ~= 'WRONGTYPE' then
-      error(problem)
-    end
-    local state, history, commits = keys[k], keys[k + 1], keys[k + 2]
-    local kind = call('TYPE', state).ok
-    if kind ~= 'string' then
-      return 'w', { state, kind }
-    end
-    if call('EXISTS', history) == 1 or (call('LINDEX', commits, -1) or '\r') ~= '\r' then
-      return 'y'
-    end
-    return 'd', { call('GET', state), call('PTTL', state) }
-  end
-
-  -- Says that the context was cleared (or never was).
-  local function mark_cleared(commits)
-    call('RPUSH', commits, '\r')
-    call('PEXPIRE', commits, REMEMBER_CLEARED)
-  end
-
-  local function unmark(commits)
-    if call('LINDEX', commits, -1) == '\r' then
-      call('RPOP', commits)
-    end
-  end
-
-  make.mark_cleared, make.unmark = mark_cleared, unmark
-
-  -- What a commit answers whose id is known; nothing if it may be applied.
-  function make.known(commits, commit_id)
-    local place = call('LPOS', commits, commit_id, 'RANK', -1)
-    if not place then
-      return
-    end
-    local kind, value = match(call('LINDEX', commits, place + 1) or '', '^([\n\t])%d+[\n\t](.*)$')
-    if kind == '\t' then
-      if not_after <= tonumber(value) then
-        return 'L', value
-      end
-      return
-    end
-    if at.confirm then
-      call('LSET', commits, place, commit_id)
-    end
-    if not value or value == '' then
-      return 'k'
-    elseif value == '!' then
-      return 'A'
-    end
-    return 'a', value
-  end
-
-  -- The outcome of a commit that changes nothing: unless it did before. `state`: the hash, if there is one.
-  function make.unchanged(state, k, commit_id, code, detail)
-    local commits = keys[k + 2]
-    if at.repeated then
-      local before, answer = make.known(commits, commit_id)
-      if before then
-        return before, answer
-      end
-    end
-    if earlier > 0 and code ~= 'L' then
-      -- The copy that was sent earlier may still arrive, and would contradict this answer.
-      unmark(commits)
-      call('RPUSH', commits, commit_id, format('\t%s\t%016.0f', now_text, earlier))
-      if state then
-        if (tonumber(call('HGET', state, 'guard')) or 0) < earlier then
-          call('HSET', state, 'guard', format('%.0f', earlier))
-        end
-      else
-        mark_cleared(commits)
-      end
-    end
-    return code, detail
-  end
-
-  -- Forgets the commits that are neither among the last ones nor could still arrive a second time.
-  function make.forget(commits, length)
-    local spare = length - 2 * REMEMBERED -- each id has at most one element that belongs to it
-    while spare > 0 do
-      local oldest, old = call('LRANGE', commits, 0, math.min(spare, 2 * REMEMBERED) - 1), 0
-      for i = 1, #oldest do
-        local time = (byte(oldest[i]) or 0) < 32 and tonumber(match(oldest[i], '^[\n\t](%d+)') or '')
-        if time and time >= now - WINDOW then
-          break -- and so are those behind it
-        elseif time then
-          old = i
-        end
-      end
-      if old == 0 then
-        return
-      end
-      call('LTRIM', commits, old, -1)
-      spare = spare - old
-    end
-  end
-
-  function make.expire_at(k, time)
-    local milliseconds = floor((time + 999) / 1000)
-    call('PEXPIREAT', keys[k], milliseconds)
-    call('PEXPIREAT', keys[k + 1], milliseconds)
-    call('PEXPIREAT', keys[k + 2], math.max(milliseconds, floor(now / 1000) + REMEMBER_CLEARED))
-  end
-
-  -- Takes all that is pending in a space ('v' variables, 'm' metadata) back.
-  function make.hide(pending, letter)
-    for field in pairs(pending) do
-      if byte(field) == letter then
-        pending[field] = nil
-      end
-    end
-  end
+  -- Sums
 
   -- An integer of up to 24 digits in two parts of one sign; nothing for anything else.
   local function parts_of(text)
@@ -330,14 +102,14 @@ function at.seldom(at)
     return high, low
   end
 
-  -- The sum of two integers in decimal, exactly (a double has but 15 digits); nothing if one is too large or no integer.
-  function make.sum(a, b)
-    local high_a, low_a = parts_of(a)
-    local high_b, low_b = parts_of(b)
-    if not high_a or not high_b then
+  -- The sum of two integers, exactly (a double has only 15 digits); nothing if one is too large or no integer.
+  function made.sum(one, other)
+    local high, low = parts_of(one)
+    local high_other, low_other = parts_of(other)
+    if not high or not high_other then
       return
     end
-    local high, low = high_a + high_b, low_a + low_b
+    high, low = high + high_other, low + low_other
     if low >= 1e12 then
       high, low = high + 1, low - 1e12
     elseif low <= -1e12 then
@@ -354,252 +126,229 @@ function at.seldom(at)
     return format('%.0f%012.0f', high, math.abs(low))
   end
 
-  -- Replaces AgentUp's document by what a commit makes of it, which the client has resolved. f: inside a turn.
-  function make.convert(shape, a, k)
-    local state, history, commits, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a + 1]
-    local document, answer = args[a + 2], args[a + 3]
-    a = a + 4
-    if at.late then
-      return make.unchanged(nil, k, commit_id, 'L', '')
+  function made.in_thousands(command, key, items)
+    for first = 1, #items, 1000 do -- Lua's stack is small
+      call(command, key, unpack(items, first, min(first + 999, #items)))
     end
-    if byte(shape, 5) == 102 then
-      if call('GET', keys[k + 3]) ~= args[a] then
-        return make.unchanged(nil, k, commit_id, 'l')
-      end
-      a = a + 1
+  end
+
+  function made.expire_at(time)
+    local milliseconds = floor((time + 999) / 1000)
+    call('PEXPIREAT', state, milliseconds)
+    call('PEXPIREAT', history, milliseconds)
+    call('PEXPIREAT', commits, max(milliseconds, floor(now / 1000) + REMEMBER_CLEARED))
+  end
+
+  -- The name that format 1 gave to a key. It may be outside of what the user of this connection may access.
+  function made.former(name)
+    if find(state, '{', 1, true) then -- the prefix has a hash tag
+      return state .. '{' .. name .. '}'
     end
-    if call('TYPE', state).ok ~= 'string' or call('GET', state) ~= document then
-      return 'z' -- not that document any more: begin again
+    return '{' .. state .. '}:' .. name
+  end
+
+  -- Renames what format 1 stored of a context. `state` has no format yet, or is absent.
+  function made.carry_over()
+    local old = made.former('history')
+    if attempt('EXISTS', old) == 1 and call('TYPE', old).ok == 'list' then
+      call('RENAME', old, history)
     end
-    local code, detail = make.known(commits, commit_id)
-    if code then
-      return code, detail
+    old = made.former('commits')
+    if attempt('EXISTS', old) == 1 and call('TYPE', old).ok == 'list' then
+      call('RENAME', old, commits)
     end
-    local count = tonumber(args[a])
-    local remaining = call('PTTL', state)
-    local messages = a + count + 1
-    local remembered = messages + tonumber(args[messages]) + 1
-    unmark(commits)
-    local ids = {}
-    for i = remembered + 1, remembered + tonumber(args[remembered]), 2 do
-      ids[#ids + 1], ids[#ids + 2] = args[i], concat({ '\n', now_text, '\n', args[i + 1] })
+  end
+
+  -- The answer about a context whose key `state` is no hash: AgentUp's document, or something that is not touched.
+  function made.strange(problem)
+    if sub(problem.err, 1, 9) ~= 'WRONGTYPE' then
+      error(problem)
     end
-    ids[#ids + 1] = commit_id
-    ids[#ids + 1] = concat({ '\n', now_text, '\n', #answer > LARGEST_KEPT and '!' or answer })
-    call('RPUSH', commits, unpack(ids))
-    at.wrote = true
-    call('UNLINK', state)
-    if count == 0 then -- the commit deletes it
-      mark_cleared(commits)
-    else
-      local expires = (ttl > 0 and now + ttl) or (remaining > 0 and now + remaining * 1000)
-      local set, fresh = { 'exp', expires and format('%.0f', expires) or '', 'guard', format('%.0f', now + WINDOW) }, {}
-      for i = a + 1, a + count do
-        set[#set + 1] = args[i]
-      end
-      make.each_thousand('HSET', state, set)
-      for i = messages + 1, remembered - 1 do
-        fresh[#fresh + 1] = args[i]
-      end
-      make.each_thousand('RPUSH', history, fresh)
-      if expires then
-        make.expire_at(k, expires)
-      else
-        call('PERSIST', commits)
+    local kind = call('TYPE', state).ok
+    if kind ~= 'string' then
+      return 'w', { state, kind }
+    end
+    for _, name in ipairs({ history, made.former('history') }) do
+      if attempt('EXISTS', name) == 1 then
+        return 'y'
       end
     end
-    if answer == '' then
+    for _, name in ipairs({ commits, made.former('commits') }) do
+      local newest = attempt('LINDEX', name, -1)
+      if type(newest) == 'string' and newest ~= '\r' then
+        return 'y'
+      end
+    end
+    return 'd', { call('GET', state), call('PTTL', state) }
+  end
+
+  -- Whether something is left of an absent context that was not cleared and has not expired: somebody else deleted its
+  -- hash, or the server evicted it. `newest` is the last element of its commits.
+  function made.has_remains(newest)
+    return call('LLEN', history) > 0 or (newest and newest ~= '\r' and call('PTTL', commits) == -1)
+  end
+
+  -- Remembered commits
+
+  -- Marks the context as cleared: the last element of its commits.
+  function made.mark_cleared()
+    call('RPUSH', commits, '\r')
+    call('PEXPIRE', commits, REMEMBER_CLEARED)
+  end
+
+  function made.unmark_cleared()
+    if call('LINDEX', commits, -1) == '\r' then
+      call('RPOP', commits)
+    end
+  end
+
+  -- The code of a commit whose id is remembered; nothing if the commit may be applied.
+  function made.known(commit_id)
+    local place = call('LPOS', commits, commit_id, 'RANK', -1)
+    if not place then
+      return
+    end
+    local kind, value = match(call('LINDEX', commits, place + 1) or '', '^([\n\t])%d+[\n\t](.*)$')
+    if kind == '\t' then
+      if not_after <= tonumber(value) then
+        return 'L', value
+      end
+      return
+    end
+    if confirm then
+      call('LSET', commits, place, commit_id)
+    end
+    if not value or value == '' then
       return 'k'
+    elseif value == '!' then
+      return 'A'
     end
-    return 'a', answer
+    return 'a', value
   end
 
-  -- Takes (t), renews (r) or gives back (l) the lease of a turn. u: bound to a user.
-  function make.lease(shape, a, k)
-    local id, token, milliseconds = args[a], args[a + 1], args[a + 2]
-    if at.late then
-      return 'L', ''
-    end
-    if byte(shape, 6) == 117 then
-      local stored = attempt('HMGET', keys[k], 'id', 'user')
-      if stored.err then
-        return make.strange(stored, k)
-      end
-      if stored[1] and stored[1] ~= id then
-        return 'i', stored[1]
-      end
-      if stored[1] and stored[2] ~= args[a + 3] then
-        return 'o'
+  -- The code of a commit that changes nothing, unless it was applied before.
+  function made.unchanged(exists, commit_id, code, detail)
+    if repeated then
+      local before, answer = made.known(commit_id)
+      if before then
+        return before, answer
       end
     end
-    local action, holder = byte(shape, 5), call('GET', keys[k + 3])
-    if holder ~= token and (holder or action ~= 116) then
-      return 'f'
+    if earlier > 0 and code ~= 'L' then
+      -- The copy that was sent earlier may still arrive, and would contradict this answer.
+      made.unmark_cleared()
+      call('RPUSH', commits, commit_id, format('\t%s\t%016.0f', now_text, earlier))
+      if not exists then
+        made.mark_cleared()
+      elseif (tonumber(call('HGET', state, 'guard')) or 0) < earlier then
+        call('HSET', state, 'guard', format('%.0f', earlier))
+      end
     end
-    if action == 108 then
-      call('DEL', keys[k + 3])
-    else
-      call('SET', keys[k + 3], token, 'PX', milliseconds)
-    end
-    return 't'
+    return code, detail
   end
 
-  -- A commit that failed before it wrote anything: where writing is refused (no memory left, a replica), it may have
-  -- been applied before.
-  function make.refused(commits, commit_id, problem)
-    local fine, code, answer = pcall(make.known, commits, commit_id)
-    if fine and code then
-      return code, answer
+  -- Forgets the commits that are neither among the last ones nor could still arrive a second time.
+  function made.forget(length)
+    local spare = length - 2 * REMEMBERED -- each id has at most one element that belongs to it
+    while spare > 0 do
+      local oldest, old = call('LRANGE', commits, 0, min(spare, 2 * REMEMBERED) - 1), 0
+      for i = 1, #oldest do
+        local time = (byte(oldest[i]) or 0) < 32 and tonumber(match(oldest[i], '^[\n\t](%d+)') or '')
+        if time and time >= now - WINDOW then
+          break -- and so are those behind it
+        elseif time then
+          old = i
+        end
+      end
+      if old == 0 then
+        return
+      end
+      call('LTRIM', commits, old, -1)
+      spare = spare - old
     end
-    return 'e', problem
   end
 
-  return make
+  -- Removes all fields of a space ('v' variables, 'm' metadata) from a table.
+  function made.remove_space(fields, letter)
+    for field in pairs(fields) do
+      if byte(field) == letter then
+        fields[field] = nil
+      end
+    end
+  end
+
+  return made
 end
 
--- A change of a context. Letters of the conditions, which come first:
---   q the id was given by the caller; u bound to a user; f inside a turn; n not to exist; w idle for microseconds; e, g a variable has a value, is absent;
---   r what is answered if no change does
--- and of the changes, uppercase those that make an absent context exist:
---   A append a message; B append several; S set a key; M set several; Y, Z replace all variables, all metadata;
---   I increment; J the same, added up by the client; C exist; O exist, owned; T set the owner; R restore;
---   d drop a key; t trim; p pop; x delete
-function at.commit(at, shape, a, k)
-  local call, attempt, keys, args = redis.call, redis.pcall, KEYS, ARGV
-  local byte, now, now_text, ttl, earlier = string.byte, at.now, at.now_text, at.ttl, at.earlier
-  local state, history, commits, id, commit_id = keys[k], keys[k + 1], keys[k + 2], args[a], args[a + 1]
+-- Commits
+
+local function commit()
+  local id, commit_id = args[a], args[a + 1]
   a = a + 2
-  local stored = attempt('HMGET', state, 'id', 'updated', 'rev', 'start', 'end', 'user', 'exp', 'guard')
+  local stored = attempt('HMGET', state, 'id', 'format', 'user', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
   if stored.err then
-    return at:seldom().strange(stored, k)
+    return rare().strange(stored)
   end
-  local exists = stored[1] and true
+  local exists = stored[1] and true or false
   if exists and stored[1] ~= id then
     return 'i', stored[1]
   elseif not exists and call('EXISTS', state) == 1 then
     return 'w', { state, 'hash' } -- somebody else's: ours has an id
-  end
-  local hash = exists and state
-  if at.late then
-    return at:seldom().unchanged(hash, k, commit_id, 'L', '')
+  elseif stored[2] and stored[2] ~= FORMAT then
+    return 'v', stored[2]
+  elseif late then
+    return rare().unchanged(exists, commit_id, 'L', '')
+  elseif not stored[2] then
+    rare().carry_over()
   end
 
-  local user, updated, revision, start, keep, expires, guard = '', 0, 0, 0, 0, '', 0
+  local user, updated, revision, first, last, expires, guard = '', 0, 0, 0, 0, '', 0 -- as stored
   if exists then
-    updated, revision, start, keep = tonumber(stored[2]), tonumber(stored[3]), tonumber(stored[4]), tonumber(stored[5])
-    user, expires, guard = stored[6], stored[7], tonumber(stored[8]) or 0
+    user, updated, revision, expires = stored[3], tonumber(stored[4]), tonumber(stored[5]), stored[8]
+    first, last, guard = tonumber(stored[6]), tonumber(stored[7]), tonumber(stored[9]) or 0
+    if not (user and updated and revision and first and last and expires) then
+      return 'h'
+    end
   end
-  at.repeated = not exists or earlier > 0 or now <= guard -- whether the id may be among those remembered
-  local first, last, owner = start, keep, user -- as stored
-  local present, bound, created, restored = exists, '', false, false -- as the changes so far leave it
-  local fresh, n -- messages to append: the table of several, the one, or none
-  n = 0
-  local answer, touched, deletes = '', false, false
-  local counted = false -- whether the list of messages was found to be as long as it should be
-  -- Keys that were set (or dropped: false); whether nothing that is stored in that space counts any more
-  local pending, no_variables, no_metadata = nil, not exists, not exists
+  local length = attempt('LLEN', history)
+  if type(length) ~= 'number' then
+    if sub(length.err, 1, 9) == 'WRONGTYPE' then
+      return 'w', { history, call('TYPE', history).ok }
+    end
+    error(length)
+  end
+  repeated = not exists or earlier > 0 or now <= guard
+  local newest = not exists and call('LINDEX', commits, -1) -- of a context that was here before, if there was one
+  local remains = not exists and rare().has_remains(newest)
+
+  -- What the changes so far lead to.
+  local present, created, deletes, touched, answer = exists, false, false, false, ''
+  local owner, bound = user, ''
+  local start, keep, fresh = first, last, {} -- of the stored messages [start, keep) stay, and these are appended
+  local pending, no_variables, no_metadata = {}, not exists, not exists -- fields set (false: dropped); all others gone?
+  local restored -- where the times of a restored context stand among the arguments
 
   for j = 5, #shape do
     local part = byte(shape, j)
-    if part < 97 then
+    if part < 97 then -- uppercase
       if not present then
-        present, user, created, touched = true, bound, true, true
-      elseif part ~= 67 and part ~= 79 then -- all but C and O change something for sure
+        present, owner, created, touched = true, bound, true, true
+      elseif part ~= 67 and part ~= 79 then -- C and O may change nothing
         touched = true
       end
     end
     if part == 65 then -- A
-      if n == 0 then
-        fresh = { args[a] }
-      else
-        fresh[n + 1] = args[a]
-      end
-      n = n + 1
-      a = a + 1
-    elseif part == 83 then -- S
-      pending = pending or {}
-      pending[args[a]] = args[a + 1]
-      a = a + 2
-    elseif part == 117 then -- u
-      bound = args[a]
-      if exists and user ~= bound then
-        return at:seldom().unchanged(hash, k, commit_id, 'o')
-      end
-      a = a + 1
-    elseif part == 116 then -- t
-      touched = touched or present
-      local stays = keep + n - tonumber(args[a])
-      if stays > start then
-        start = stays
-        if start > keep then
-          local rest = {}
-          for i = start - keep + 1, n do
-            rest[#rest + 1] = fresh[i]
-          end
-          fresh, keep, n = rest, start, #rest
-        end
-      end
-      a = a + 1
-    elseif part == 102 then -- f
-      if call('GET', keys[k + 3]) ~= args[a] then
-        return at:seldom().unchanged(hash, k, commit_id, 'l')
-      end
-      a = a + 1
-    elseif part == 73 or part == 74 or part == 100 then -- I, J, d
-      pending = pending or {}
-      local field = args[a]
-      local current = pending[field]
-      if current == nil then
-        local hidden = no_metadata
-        if byte(field) == 118 then
-          hidden = no_variables
-        end
-        current = not hidden and call('HGET', state, field)
-      end
-      if part == 100 then
-        touched = touched or present
-        answer = 'false'
-        if current then
-          answer = 'true'
-          pending[field] = false
-        end
-        a = a + 1
-      else
-        local total
-        if part == 73 then
-          local before, by = current or '0', args[a + 1]
-          if #before < 15 and #by < 15 and string.find(before, '^-?%d+$') and string.find(by, '^-?%d+$') then
-            total = string.format('%.0f', before + by)
-          else
-            total = at:seldom().sum(before, by)
-          end
-          a = a + 2
-        else -- from this value, or none
-          total = current == (args[a + 1] == '1' and args[a + 2]) and args[a + 3]
-          a = a + 4
-        end
-        if not total then
-          return at:seldom().unchanged(hash, k, commit_id, 'u', { j - 5, current })
-        end
-        pending[field], answer = total, total
-      end
-    elseif part == 66 then -- B
-      if n == 0 then
-        fresh = {}
-      end
       local count = tonumber(args[a])
       for i = a + 1, a + count do
-        n = n + 1
-        fresh[n] = args[i]
+        fresh[#fresh + 1] = args[i]
       end
       a = a + 1 + count
-    elseif part == 77 or part == 89 or part == 90 then -- M, Y, Z
-      pending = pending or {}
+    elseif part == 83 or part == 89 or part == 90 then -- S, Y, Z
       if part == 89 then
-        at:seldom().hide(pending, 118)
+        rare().remove_space(pending, 118)
         no_variables = true
       elseif part == 90 then
-        at:seldom().hide(pending, 109)
+        rare().remove_space(pending, 109)
         no_metadata = true
       end
       local count = tonumber(args[a])
@@ -607,268 +356,264 @@ function at.commit(at, shape, a, k)
         pending[args[i]] = args[i + 1]
       end
       a = a + 1 + 2 * count
+    elseif part == 73 or part == 74 or part == 100 then -- I, J, d
+      local field = args[a]
+      local current = pending[field]
+      if current == nil then
+        local gone = no_metadata
+        if byte(field) == 118 then
+          gone = no_variables
+        end
+        current = not gone and call('HGET', state, field)
+      end
+      if part == 100 then
+        touched = touched or present
+        answer = current and 'true' or 'false'
+        if current then
+          pending[field] = false
+        end
+        a = a + 1
+      else
+        local total
+        if part == 73 then
+          total = rare().sum(current or '0', args[a + 1])
+          a = a + 2
+        else
+          total = current == (args[a + 1] == '1' and args[a + 2]) and args[a + 3]
+          a = a + 4
+        end
+        if not total then
+          return rare().unchanged(exists, commit_id, 'u', { #shape - j, current })
+        end
+        pending[field], answer = total, total
+      end
+    elseif part == 116 then -- t
+      touched = touched or present
+      start = max(start, keep + #fresh - tonumber(args[a]))
+      if start > keep then
+        local rest = {}
+        for i = start - keep + 1, #fresh do
+          rest[#rest + 1] = fresh[i]
+        end
+        fresh, keep = rest, start
+      end
+      a = a + 1
     elseif part == 112 then -- p
       touched = touched or present
-      local count = math.min(tonumber(args[a]), keep + n - start)
-      local popped, from_stored = {}, math.max(0, count - n)
+      local count = min(tonumber(args[a]), keep + #fresh - start)
+      local from_stored, popped = max(0, count - #fresh), {}
       if from_stored > 0 then
-        -- One more than there should be, if these are the last: so their number tells whether the list is as long as it
-        -- should be.
-        counted = keep == last or counted
-        popped = call('LRANGE', history, keep - from_stored - first, keep - (keep == last and 0 or 1) - first)
-        if #popped ~= from_stored then
+        if length ~= last - first then
           return 'b'
         end
+        popped = call('LRANGE', history, keep - from_stored - first, keep - 1 - first)
         keep = keep - from_stored
       end
-      local stays = n - (count - from_stored)
-      for i = stays + 1, n do
+      local stays = #fresh - (count - from_stored)
+      for i = stays + 1, #fresh do
         popped[#popped + 1] = fresh[i]
+      end
+      for i = #fresh, stays + 1, -1 do
         fresh[i] = nil
       end
-      n = stays
       answer = '[' .. table.concat(popped, ',') .. ']'
       a = a + 1
     elseif part == 120 then -- x
-      touched = touched or present
-      answer = present and 'true' or 'false'
-      deletes, present, created, restored = true, false, false, false
-      user, revision, start, keep, fresh, n = '', 0, 0, 0, nil, 0
-      pending, no_variables, no_metadata = nil, true, true
+      touched = touched or present or remains
+      answer = (present or remains) and 'true' or 'false'
+      deletes, present, created, restored = true, false, false, nil
+      owner, revision, start, keep, fresh = '', 0, 0, 0, {}
+      pending, no_variables, no_metadata = {}, true, true
     elseif part == 79 then -- O
-      if user ~= args[a] then
-        if user ~= '' then
-          return at:seldom().unchanged(hash, k, commit_id, 'o')
+      if owner ~= args[a] then
+        if owner ~= '' then
+          return rare().unchanged(exists, commit_id, 'o')
         end
-        user, touched = args[a], true
+        owner, touched = args[a], true
       end
       a = a + 1
     elseif part == 84 then -- T
-      user = args[a]
+      owner = args[a]
       a = a + 1
     elseif part == 82 then -- R
-      user = args[a]
+      owner = args[a]
       if not exists then
         start = tonumber(args[a + 1])
         keep = start
       end
-      restored = a + 2 -- created, updated, revision, expires
+      restored = a + 2
       a = a + 6
+    elseif part == 117 then -- u
+      bound = args[a]
+      if exists and user ~= bound then
+        return rare().unchanged(exists, commit_id, 'o')
+      end
+      a = a + 1
+    elseif part == 102 then -- f
+      if call('GET', lease) ~= args[a] then
+        return rare().unchanged(exists, commit_id, 'l')
+      end
+      a = a + 1
     elseif part == 110 then -- n
       if exists then
-        return at:seldom().unchanged(hash, k, commit_id, 'x')
+        return rare().unchanged(exists, commit_id, 'x')
       end
     elseif part == 119 then -- w
-      if not exists or math.min(updated, now) > now - tonumber(args[a]) then
-        return at:seldom().unchanged(hash, k, commit_id, 'a', 'false')
+      if not exists or min(updated, now) > now - tonumber(args[a]) then
+        return rare().unchanged(exists, commit_id, 'a', 'false')
       end
       a = a + 1
     elseif part == 101 then -- e
       if (exists and call('HGET', state, args[a])) ~= args[a + 1] then
-        return at:seldom().unchanged(hash, k, commit_id, 'a', '?')
+        return rare().unchanged(exists, commit_id, 'a', '?')
       end
       a = a + 2
     elseif part == 103 then -- g
       if exists and call('HEXISTS', state, args[a]) == 1 then
-        return at:seldom().unchanged(hash, k, commit_id, 'a', '?')
+        return rare().unchanged(exists, commit_id, 'a', '?')
       end
       a = a + 1
     elseif part == 114 then -- r
       answer = args[a]
       a = a + 1
     elseif part == 113 then -- q
-      at.repeated = true
+      repeated = true
     end
   end
-  if not touched then
+  if remains and not deletes then
+    return 'b'
+  elseif not touched then
     local code, detail = 'k', nil
     if answer ~= '' then
       code, detail = 'a', answer
     end
-    if at.repeated then
-      return at:seldom().unchanged(hash, k, commit_id, code, detail)
+    if repeated then
+      return rare().unchanged(exists, commit_id, code, detail)
     end
     return code, detail
   end
 
-  -- `updated` never goes backwards.
-  local time = now_text
-  if updated >= now then
-    time = string.format('%016.0f', updated + 1)
-  end
-
-  -- What could fail comes before the first write, or is the first write.
-  local renewed = not exists or deletes -- whether there is nothing left of what is stored
-  local debris = false
-  if renewed then
-    local kind = call('TYPE', history).ok
-    if kind ~= 'none' and kind ~= 'list' then
-      return 'w', { history, kind }
-    end
-    debris = kind == 'list' and not exists -- of a hash that somebody deleted
-  elseif (start > first or keep < last) and not counted and call('LLEN', history) ~= last - first then
+  -- The last checks. What can fail comes before the first write, or is the first write.
+  local renewed = not exists or deletes -- nothing stays of what is stored
+  if not renewed and length ~= last - first then
     return 'b'
   end
-  local newest = exists or call('LINDEX', commits, -1) -- of the commits of a context that was here before, if any
-  if at.repeated and newest then
-    local code, detail = at:seldom().known(commits, commit_id)
+  if exists and deletes then
+    call('LLEN', commits) -- is it a list?
+  end
+  if repeated then
+    local code, detail = rare().known(commit_id)
     if code then
       return code, detail
     end
   end
   if created then
-    guard = newest and now + WINDOW or 0 -- a copy of one of them may be on its way
+    guard = (exists or newest) and now + WINDOW or 0 -- a copy of an earlier commit may be on its way
   end
+
+  -- The commits, and what is deleted
   if newest == '\r' then
     call('RPOP', commits)
-  elseif deletes and exists then
-    call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any
-    at.wrote = true
+  end
+  if deletes then
+    call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any more
+    wrote = true
   end
   revision = revision + 1
-  local remembered -- how many elements there are now
+  local remembered
   if answer ~= '' or revision % REMEMBERED == 0 then -- now and then one with its time, for `forget`
-    local kept = '\n' .. now_text .. '\n' .. (#answer > LARGEST_KEPT and '!' or answer)
-    if present then
-      remembered = call('RPUSH', commits, commit_id, kept)
-    else -- deleted; that always has an answer
-      remembered = call('RPUSH', commits, commit_id, kept, '\r')
-    end
+    remembered = call('RPUSH', commits, commit_id, rare().memory_of(answer))
   else
     remembered = call('RPUSH', commits, commit_id)
   end
-  at.wrote = true
-  if debris then
-    call('UNLINK', history)
+  wrote = true
+  if revision % REMEMBERED == 0 or not present then
+    rare().forget(remembered)
   end
   if not present then
-    if remembered > 2 * REMEMBERED then
-      at:seldom().forget(commits, remembered)
-    end
-    call('PEXPIRE', commits, REMEMBER_CLEARED)
+    rare().mark_cleared()
     return 'a', answer
   end
 
   -- The history
-  if renewed then
-    first, last = start, start
-  elseif start > first or keep < last then
-    last = math.min(keep, last)
-    if start >= last then
+  if length > 0 and not renewed then
+    if start >= min(keep, last) then
       call('UNLINK', history)
-      first, last = start, start
-    else
-      call('LTRIM', history, start - first, last - first - 1)
-      first = start
+    elseif start > first or keep < last then
+      call('LTRIM', history, start - first, keep - first - 1)
     end
   end
-  if n > 0 then
-    local length
-    if n == 1 then
-      length = attempt('RPUSH', history, fresh[1])
-    elseif n <= 1000 then
-      length = attempt('RPUSH', history, unpack(fresh, 1, n))
-    else
-      length = at:seldom().each_thousand('RPUSH', history, fresh)
-    end
-    if length ~= last - first + n then
-      -- Not the list that the hash counts on: somebody else changed it.
-      if type(length) == 'number' then
-        call('LTRIM', history, 0, -n - 1)
-        length = 'b'
-      else
-        length = 'w'
-      end
-      call('RPOP', commits, (answer ~= '' or revision % REMEMBERED == 0) and 2 or 1)
-      at.wrote = false
-      return length, length == 'w' and { history, call('TYPE', history).ok } or nil
-    end
+  if #fresh == 1 then
+    call('RPUSH', history, fresh[1])
+  elseif #fresh > 0 then
+    rare().in_thousands('RPUSH', history, fresh)
   end
+
   -- The hash
-  local stop = keep + n
-  if not created and not pending and not restored and ttl == 0 and expires == '' and earlier <= guard
-    and start == tonumber(stored[4]) and user == owner then
-    call('HSET', state, 'updated', time, 'rev', revision, 'end', stop)
-  else
-    local expire = ttl > 0 and now + ttl
-    local birth = now_text
-    if restored then
-      if args[restored + 1] ~= '' then time = args[restored + 1] end
-      if args[restored + 3] ~= '' then expire = tonumber(args[restored + 3]) end
-      if not exists and args[restored] ~= '' then birth = args[restored] end
-      if not exists and args[restored + 2] ~= '' then revision = tonumber(args[restored + 2]) end
-    end
-    local set, gone
-    local m = 6
-    if created then
-      set = { 'id', id, 'updated', time, 'rev', revision, 'start', start, 'end', stop, 'user', user,
-        'exp', '', 'guard', string.format('%.0f', math.max(guard, earlier)), 'created', birth }
-      m = 18
-    else
-      set = { 'updated', time, 'rev', revision, 'end', stop }
-      if start ~= tonumber(stored[4]) then
-        set[m + 1], set[m + 2] = 'start', start
-        m = m + 2
-      end
-      if earlier > guard then
-        set[m + 1], set[m + 2] = 'guard', string.format('%.0f', earlier)
-        m = m + 2
-      end
-      if user ~= owner then
-        set[m + 1], set[m + 2] = 'user', user
-        m = m + 2
-      end
-    end
-    if expire then
-      set[m + 1], set[m + 2] = 'exp', string.format('%.0f', expire)
-      m = m + 2
-    elseif expires ~= '' then
-      set[m + 1], set[m + 2] = 'exp', ''
-      m = m + 2
-    end
-    if pending then
-      for field, value in pairs(pending) do
-        if value then
-          set[m + 1], set[m + 2] = field, value
-          m = m + 2
-        elseif not renewed then
-          gone = gone or {}
-          gone[#gone + 1] = field
-        end
-      end
-      if not renewed and (no_variables or no_metadata) then
-        gone = gone or {}
-        for _, field in ipairs(call('HKEYS', state)) do
-          local letter, colon = byte(field, 1, 2)
-          if colon == 58 and pending[field] == nil
-            and ((letter == 118 and no_variables) or (letter == 109 and no_metadata)) then
-            gone[#gone + 1] = field
-          end
-        end
-      end
-    end
-    if m <= 1000 then
-      call('HSET', state, unpack(set, 1, m))
-    else
-      at:seldom().each_thousand('HSET', state, set)
-    end
-    if gone then
-      at:seldom().each_thousand('HDEL', state, gone)
-    end
-    if expire then
-      at:seldom().expire_at(k, expire)
-    elseif created then
-      if newest then
-        call('PERSIST', commits)
-      end
-    elseif expires ~= '' then
-      call('PERSIST', state)
-      call('PERSIST', history)
-      call('PERSIST', commits)
+  local time = now_text
+  if updated >= now then -- it never goes backwards
+    time = format('%016.0f', updated + 1)
+  end
+  local expire = ttl > 0 and now + ttl
+  local birth = now_text
+  if restored then
+    if args[restored + 1] ~= '' then time = args[restored + 1] end
+    if args[restored + 3] ~= '' then expire = tonumber(args[restored + 3]) end
+    if not exists and args[restored] ~= '' then birth = args[restored] end
+    if not exists and args[restored + 2] ~= '' then revision = tonumber(args[restored + 2]) end
+  end
+  if created then
+    pending.id, pending.created = id, birth
+  end
+  if created or not stored[2] then
+    pending.format = FORMAT
+  end
+  if created or start ~= first then
+    pending.start = start
+  end
+  if created or owner ~= user then
+    pending.user = owner
+  end
+  if created or earlier > guard then
+    pending.guard = format('%.0f', max(guard, earlier))
+  end
+  if expire then
+    pending.exp = format('%.0f', expire)
+  elseif created or expires ~= '' then
+    pending.exp = ''
+  end
+  local set, size, gone = { 'updated', time, 'rev', revision, 'end', keep + #fresh }, 6, {}
+  for field, value in pairs(pending) do
+    if value then
+      set[size + 1], set[size + 2] = field, value
+      size = size + 2
+    elseif not renewed then
+      gone[#gone + 1] = field
     end
   end
-  if revision % REMEMBERED == 0 then
-    at:seldom().forget(commits, remembered)
+  if not renewed and (no_variables or no_metadata) then
+    for _, field in ipairs(call('HKEYS', state)) do
+      local letter, colon = byte(field, 1, 2)
+      local unset = colon == 58 and pending[field] == nil
+      if unset and ((letter == 118 and no_variables) or (letter == 109 and no_metadata)) then
+        gone[#gone + 1] = field
+      end
+    end
+  end
+  if size <= 1000 then
+    call('HSET', state, unpack(set))
+  else
+    rare().in_thousands('HSET', state, set)
+  end
+  if gone[1] then
+    rare().in_thousands('HDEL', state, gone)
+  end
+  if expire then
+    rare().expire_at(expire)
+  elseif expires ~= '' or newest then
+    call('PERSIST', state)
+    call('PERSIST', history)
+    call('PERSIST', commits)
   end
   if answer == '' then
     return 'k'
@@ -876,13 +621,11 @@ function at.commit(at, shape, a, k)
   return 'a', answer
 end
 
--- Reads. Parts: u bound to a user; h a window of the history; g all fields of the hash, or F so many.
-function at.query(at, shape, a, k)
-  local call, attempt, keys, args, byte = redis.call, redis.pcall, KEYS, ARGV, string.byte
-  local state, history, id = keys[k], keys[k + 1], args[a]
+-- Reads. Parts: u bound to a user; h a window of the history (first, before, limit, each may be ''); then either g, all
+-- fields of the hash, or F, a count and names of fields.
+local function query()
+  local id, bound, window, named = args[a], nil, nil, {}
   a = a + 1
-  local stored, bound, window
-  local everything = {}
   for j = 5, #shape do
     local part = byte(shape, j)
     if part == 117 then
@@ -892,57 +635,190 @@ function at.query(at, shape, a, k)
       window = a
       a = a + 3
     elseif part == 70 then
-      stored = attempt('HMGET', state, 'id', 'user', 'created', 'updated', 'rev', 'start', 'end', 'exp',
-        unpack(args, a + 1, a + tonumber(args[a])))
+      named = { unpack(args, a + 1, a + tonumber(args[a])) }
     else
-      stored = attempt('HMGET', state, 'id', 'user', 'created', 'updated', 'rev', 'start', 'end', 'exp')
-      everything = nil
+      named = nil
     end
   end
+  local stored = attempt('HMGET', state, 'id', 'format', 'user', 'created', 'updated', 'rev', 'start', 'end', 'exp',
+    unpack(named or {}))
   if stored.err then
-    return at:seldom().strange(stored, k)
-  end
-  if not stored[1] then
+    return rare().strange(stored)
+  elseif not stored[1] then
     if call('EXISTS', state) == 1 then
       return 'w', { state, 'hash' }
     end
-    return 'n'
-  end
-  if stored[1] ~= id then
+    return rare().has_remains(call('LINDEX', commits, -1)) and 'b' or 'n'
+  elseif stored[1] ~= id then
     return 'i', stored[1]
-  end
-  if bound and stored[2] ~= bound then
+  elseif stored[2] and stored[2] ~= FORMAT then
+    return 'v', stored[2]
+  elseif bound and stored[3] ~= bound then
     return 'o'
-  end
-  if not window and everything then
+  elseif not window and named then
     return 's', stored
   end
-  local first, messages = stored[7], {}
+  local start, stop = tonumber(stored[7]), tonumber(stored[8])
+  if not (start and stop) then
+    return 'h'
+  end
+  local position, messages = stop, {}
   if window then
-    local start, stop = tonumber(stored[6]), tonumber(stored[7])
-    local from, before, limit = tonumber(args[window]), tonumber(args[window + 1]), tonumber(args[window + 2])
-    local last = before and math.max(start, math.min(before, stop)) or stop
-    local position = from and math.max(start, math.min(from, last)) or start
-    if limit and from then
-      last = math.min(last, position + limit)
-    elseif limit then
-      position = math.max(position, last - limit)
+    local source = history
+    if not stored[2] and attempt('EXISTS', rare().former('history')) == 1 then
+      source = rare().former('history')
     end
-    if call('LLEN', history) ~= stop - start then
+    local from, before, limit = tonumber(args[window]), tonumber(args[window + 1]), tonumber(args[window + 2])
+    local last = before and max(start, min(before, stop)) or stop
+    position = from and max(start, min(from, last)) or start
+    if limit and from then
+      last = min(last, position + limit)
+    elseif limit then
+      position = max(position, last - limit)
+    end
+    if call('LLEN', source) ~= stop - start then
       return 'b'
     end
     if position < last then
-      messages = call('LRANGE', history, position - start, last - start - 1)
+      messages = call('LRANGE', source, position - start, last - start - 1)
     end
-    first = string.format('%.0f', position)
   end
-  return 'S', { stored, first, messages, everything or call('HGETALL', state) }
+  return 'S', { stored, format('%.0f', position), messages, named and '' or call('HGETALL', state) }
 end
+
+-- Replaces AgentUp's document by what a commit makes of it, which the client has resolved. Arguments: context id, commit
+-- id, document, answer, [token,] count, fields and values, count, messages, count, ids and answers of earlier commits.
+local function convert()
+  local commit_id, document, answer = args[a + 1], args[a + 2], args[a + 3]
+  a = a + 4
+  if late then
+    return rare().unchanged(false, commit_id, 'L', '')
+  end
+  if byte(shape, 5) == 102 then -- f
+    if call('GET', lease) ~= args[a] then
+      return rare().unchanged(false, commit_id, 'l')
+    end
+    a = a + 1
+  end
+  if call('TYPE', state).ok ~= 'string' or call('GET', state) ~= document then
+    return 'z' -- not that document any more
+  end
+  rare().carry_over()
+  local code, detail = rare().known(commit_id)
+  if code then
+    return code, detail
+  end
+  local function counted()
+    local items, count = {}, tonumber(args[a])
+    for i = a + 1, a + count do
+      items[#items + 1] = args[i]
+    end
+    a = a + 1 + count
+    return items
+  end
+  local fields, messages, earlier_commits = counted(), counted(), counted()
+  local remaining = call('PTTL', state)
+  local ids = {}
+  for i = 1, #earlier_commits, 2 do
+    ids[#ids + 1], ids[#ids + 2] = earlier_commits[i], rare().memory_of(earlier_commits[i + 1])
+  end
+  ids[#ids + 1], ids[#ids + 2] = commit_id, rare().memory_of(answer)
+  rare().unmark_cleared()
+  rare().in_thousands('RPUSH', commits, ids)
+  wrote = true
+  call('UNLINK', state)
+  if #fields == 0 then -- the commit deletes it
+    rare().mark_cleared()
+  else
+    local expires = (ttl > 0 and now + ttl) or (remaining > 0 and now + remaining * 1000)
+    for _, item in ipairs({ 'format', FORMAT, 'exp', expires and format('%.0f', expires) or '',
+      'guard', format('%.0f', now + WINDOW) }) do
+      fields[#fields + 1] = item
+    end
+    rare().in_thousands('HSET', state, fields)
+    rare().in_thousands('RPUSH', history, messages)
+    if expires then
+      rare().expire_at(expires)
+    else
+      call('PERSIST', commits)
+    end
+  end
+  if answer == '' then
+    return 'k'
+  end
+  return 'a', answer
 end
-until a > last
-local header = now_text .. table.concat(codes)
-if m == 1 then
-  return header -- by itself: making an array of it costs as much as a command
+
+-- Takes (t), renews (r) or releases (l) the lease of a turn. Arguments: context id, token, milliseconds[, user (u)].
+local function turn()
+  local id, token, milliseconds = args[a], args[a + 1], args[a + 2]
+  if late then
+    return 'L', ''
+  end
+  if byte(shape, 6) == 117 then -- u
+    local stored = attempt('HMGET', state, 'id', 'user')
+    if stored.err then
+      return rare().strange(stored)
+    elseif stored[1] and stored[1] ~= id then
+      return 'i', stored[1]
+    elseif stored[1] and stored[2] ~= args[a + 3] then
+      return 'o'
+    end
+  end
+  local action, holder = byte(shape, 5), call('GET', lease)
+  if not holder and action == 116 then
+    holder = attempt('GET', rare().former('lease')) -- a process of the version before
+    holder = type(holder) == 'string' and holder
+  end
+  if holder ~= token and (holder or action ~= 116) then
+    return 'f'
+  elseif action == 108 then
+    call('DEL', lease)
+  else
+    call('SET', lease, token, 'PX', milliseconds)
+  end
+  return 't'
 end
-results[1] = header
-return results
+
+local codes, results = {}, { '' }
+local unfinished = {} -- contexts with an operation that will be sent again: those behind it have to wait
+local place, k = 5, 1
+while place <= #args do
+  shape, a = args[place], place + 1
+  local high, middle, low, kind = byte(shape, 1, 4)
+  state, history, commits, lease = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
+  repeated, wrote = true, false
+  local fine, code, detail = true, 'z', nil
+  if not unfinished[state] then
+    if kind == 67 or kind == 70 then -- C, F
+      fine, code, detail = pcall(commit)
+    elseif kind == 81 then -- Q
+      fine, code, detail = pcall(query)
+    elseif kind == 76 then -- L
+      fine, code, detail = pcall(turn)
+    else -- D, G
+      fine, code, detail = pcall(convert)
+    end
+  end
+  if not fine then
+    code, detail = wrote and 'E' or 'e', type(code) == 'table' and code.err or tostring(code)
+    if code == 'e' and (kind == 67 or kind == 70) then
+      -- Where writing is refused (no memory left, a replica), the commit may have been applied before.
+      local readable, before, answer = pcall(rare().known, args[place + 2])
+      if readable and before then
+        code, detail = before, answer
+      end
+    end
+  end
+  if string.find('deLuz', code, 1, true) then
+    unfinished[state] = true
+  end
+  codes[#codes + 1] = code
+  if detail then
+    results[#results + 1] = detail
+  end
+  place = place + 1 + high * 65536 + middle * 256 + low
+  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
+end
+results[1] = now_text .. table.concat(codes)
+return results[2] and results or results[1]

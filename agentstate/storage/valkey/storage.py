@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import StateConfigError, StateError
 from ...keys import KeySpace
-from ...operations import Operation, Outcome
+from ...operations import Listing, Operation
 from ..base import Settle, StateStorage, one_of, positive_integer
 from .documents import ValkeyDocuments
 from .loglayout import LogLayout
@@ -95,6 +95,12 @@ class ValkeyStorage(StateStorage):
             return
         self._layout.execute(operations, settle)
 
+    def lane(self, operation: Operation) -> Hashable:
+        """Listings have a lane of their own, and so has each server of a cluster, as far as the slots are known."""
+        if isinstance(operation, Listing):
+            return Listing
+        return self._servers.address(self._layout.slot(operation.context_id)) if self._servers.is_cluster else None
+
     def expects(self, context_id: str) -> bool:
         # Those that it asks for again: where one is gone, looking first is a round trip more.
         met = self._met
@@ -104,11 +110,6 @@ class ValkeyStorage(StateStorage):
             met.clear()
         met.add(context_id)
         return False
-
-    def execute_one(self, operation: Operation) -> Outcome:
-        if isinstance(self._layout, LogLayout) and not self.closed:
-            return self._layout.call(operation)
-        return super().execute_one(operation)
 
     def telemetry_attributes(self) -> dict[str, str | int]:
         target = self._servers.target
@@ -134,6 +135,9 @@ class ValkeyStorage(StateStorage):
         connections = ConnectionStatistics(opened=opened, idle=idle, used=used, limit=servers.max_connections)
         # What went over the connections, be it of documents or not.
         return replace(super().statistics(), bytes_written=sent, bytes_read=received, connections=connections)
+
+    def has_resources(self) -> bool:
+        return any(any(pool.figures()[:2]) for pool in self._servers.pools())
 
     def close(self) -> None:
         super().close()

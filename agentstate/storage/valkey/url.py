@@ -206,10 +206,21 @@ def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         try:
             checked[name] = _OPTIONS[name](value)
+            if name.endswith(("username", "password")):
+                _check_end(name, checked[name])
         except (TypeError, ValueError) as error:
             what = error.args[0] if "literal" not in str(error) else "a whole number, 0 or more"
             raise StateConfigError(f"{name}{where} must be {what}") from None  # its value may be a secret
     return checked
+
+
+def _check_end(name: str, text: str) -> None:
+    """Refuse white space at the end: that of a file with a secret in it, which no server would name as the reason."""
+    if text != text.rstrip():
+        raise StateConfigError(
+            f"the {name} ends in white space, such as the line feed of the file it was read from: remove it (if it "
+            "belongs to the secret, write it into the url as %0A or %20)"
+        )
 
 
 def _credentials(parts: SplitResult) -> dict[str, Any]:
@@ -217,6 +228,8 @@ def _credentials(parts: SplitResult) -> dict[str, Any]:
     user, separator, _ = parts.netloc.rpartition("@")
     if separator:
         name, colon, password = user.partition(":")
+        _check_end("user name", name)
+        _check_end("password", password)
         if name:
             found["username"] = unquote(name)
         if colon and password:
