@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .aio import ConversationContext as ConversationContext
+    from .blocking import SyncConversationContext as SyncConversationContext
     from .config import load_config as load_config
-    from .context import SyncConversationContext as SyncConversationContext
     from .errors import ContextNotFoundError as ContextNotFoundError
     from .errors import InvalidContextIdError as InvalidContextIdError
     from .errors import StateAccessError as StateAccessError
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "aio": ("ConversationContext",),
+    "blocking": ("SyncConversationContext",),
     "config": ("load_config",),
-    "context": ("SyncConversationContext",),
     "errors": (
         "ContextNotFoundError",
         "InvalidContextIdError",

@@ -1,7 +1,7 @@
 """The documented calls, each as a small generator that does no input or output itself.
 
 A call yields what it wants from the storage, a `Step`, and is sent the outcome (or thrown the error). Two drivers run
-them: `agentstate.context` blocks, `agentstate.aio` awaits. So both contexts are one API by construction.
+them: `agentstate.blocking` blocks, `agentstate.aio` awaits. So both contexts are one API by construction.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from importlib import import_module
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast, overload
 
+from .blocking import SyncConversationContext
 from .config import StateConfig, load_config
 from .config.model import BACKENDS, KEYS, OTHER_BACKEND_NAMES, known_to
-from .context import SyncConversationContext
 from .errors import StateConfigError
 from .storage.base import StateStorage
 from .storage.options import did_you_mean, storage_options, unknown_option

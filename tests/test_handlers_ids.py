@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -16,10 +17,12 @@ import pytest
 
 from agentstate import (
     ConversationContext,
+    FileStorage,
     InMemoryStorage,
     InvalidContextIdError,
     StateAccessError,
     SyncConversationContext,
+    get_context_manager,
     stateful,
 )
 
@@ -212,9 +215,36 @@ def test_the_metadata_may_say_who_shares_a_conversation(name: Any) -> None:
 
 def test_a_task_without_a_user_cannot_name_the_conversation_of_one() -> None:
     for task in (Task(context_id="user:bob"), Task(metadata={"context_id": "user:bob"}), Task(id="user:bob")):
-        with pytest.raises(InvalidContextIdError, match=r"only task.metadata\['user_id'\] may say so"):
+        with pytest.raises(InvalidContextIdError, match=r"found by task.metadata\['user_id'\]"):
             resolve(task, context_id="user")
     assert resolve(Task(context_id="session:1"), context_id="user") == "session:1"
+
+
+@pytest.mark.parametrize("store", ["object", "file", "two objects", "options"])
+def test_no_handler_on_the_same_store_lets_a_task_name_the_conversation_of_a_user(store: str, tmp_path: Path) -> None:
+    arguments: dict[str, tuple[Any, Any]] = {
+        "object": (((memory := InMemoryStorage()),), (memory,)),
+        "file": (("file", {"storage_dir": str(tmp_path)}), ("file", {"storage_dir": str(tmp_path)})),
+        "two objects": ((FileStorage(tmp_path),), (FileStorage(tmp_path),)),
+        "options": (("file", {"storage_dir": str(tmp_path), "ttl": 60}), ("file", {"storage_dir": str(tmp_path)})),
+    }
+    one, two = ((storage, options[0] if options else {}) for storage, *options in arguments[store])
+    plain = stateful(one[0], **one[1])(lambda task, context_id: context_id)
+    finding = stateful(one[0], **one[1], context_id=lambda task: task.context_id)(lambda task, context_id: context_id)
+    assert plain(Task(context_id="user:bob")) == "user:bob"
+    by_user = stateful(two[0], **two[1], context_id="user")(lambda task, context_id: context_id)
+    # From now on, whether that handler was called or not.
+    for task in (Task(context_id="user:bob"), Task(metadata={"context_id": "user:bob"}), {"id": "user:bob"}):
+        with pytest.raises(InvalidContextIdError, match="a handler on this store has context_id='user'"):
+            plain(task)
+    assert by_user(Task(metadata={"user_id": "bob"})) == "user:bob"
+    assert plain(Task(context_id="session:1")) == "session:1"
+    assert plain(None, context_id="user:bob") == "user:bob"  # what the application itself says is trusted
+    assert finding(Task(context_id="user:bob")) == "user:bob"
+    elsewhere = stateful(InMemoryStorage())(lambda task, context_id: context_id)
+    assert elsewhere(Task(context_id="user:bob")) == "user:bob"
+    get_context_manager("file", blocking=True, storage_dir=str(tmp_path)).close()
+    get_context_manager("file", blocking=True, storage_dir=str(tmp_path), ttl=60).close()
 
 
 def test_the_function_is_given_the_task() -> None:

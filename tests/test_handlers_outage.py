@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import ValkeyServer
+from servers import ValkeyServer, wait_until
 
 from agentstate import (
+    ConversationContext,
     InMemoryStorage,
     StateAccessError,
+    StateError,
     StateSerializationError,
     StateUnavailableError,
     SyncConversationContext,
@@ -56,7 +61,7 @@ def test_a_call_during_an_outage_gets_a_context_that_forgets(
         assert [asyncio.run(assistant(TASK)), asyncio.run(assistant(TASK))] == [(True, 1), (True, 1)]
     assert degraded_calls() == before + 2
     assert [(record.name, record.levelname) for record in caplog.records] == [("agentstate.handlers", "WARNING")] * 2
-    for part in ("assistant()", "'alice'", "from memory, and forgets", "Valkey cannot be used"):
+    for part in ("assistant()", "'alice'", "from memory, and what it stores is lost", "Valkey cannot be used"):
         assert part in caplog.text
     server.start()
     assert asyncio.run(assistant(TASK)) == (False, 3)
@@ -154,6 +159,98 @@ def test_an_error_that_is_no_outage_is_raised(storage: ValkeyStorage) -> None:
     handler = stateful(memory, on_unavailable="ephemeral", user_id=lambda task: "alice")(lambda task, context: None)
     with pytest.raises(StateAccessError):
         handler(TASK)
+
+
+class Dead(InMemoryStorage):
+    """A store that is out of reach; what asks for it waits until it is let go."""
+
+    blocking = True
+
+    def __init__(self, error: StateError) -> None:
+        super().__init__(deadline=30)
+        self.error = error
+        self.asked: list[str] = []
+        self.go_on = threading.Event()
+
+    def execute(self, operations: Any, settle: Any) -> None:
+        self.asked += [operation.context_id for operation in operations]
+        assert self.go_on.wait(30)
+        for index, _ in enumerate(operations):
+            settle(index, self.error)
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_calls_that_come_together_share_one_look_at_the_store(awaited: bool) -> None:
+    storage = Dead(StateUnavailableError("out of reach"))
+
+    @stateful(storage, on_unavailable="ephemeral")
+    def handler(task: Any, context: SyncConversationContext, context_id: str) -> Any:
+        return context.degraded, context.increment_variable(context_id, "n")
+
+    @stateful(storage, on_unavailable="ephemeral")
+    async def async_handler(task: Any, context: ConversationContext, context_id: str) -> Any:
+        return context.degraded, await context.increment_variable(context_id, "n")
+
+    async def main() -> list[Any]:
+        calls = asyncio.gather(*(async_handler({"id": str(number)}) for number in range(20)))
+        await asyncio.to_thread(wait_until, lambda: bool(storage.asked), "the store is asked")
+        await asyncio.sleep(0.05)
+        storage.go_on.set()
+        return await calls
+
+    if awaited:
+        answers = asyncio.run(main())
+    else:
+        with ThreadPoolExecutor(20) as pool:
+            calls = [pool.submit(handler, {"id": str(number)}) for number in range(20)]
+            wait_until(lambda: bool(storage.asked), "the store is asked")
+            time.sleep(0.05)
+            storage.go_on.set()
+            answers = [call.result() for call in calls]
+    assert answers == [(True, 1)] * 20
+    assert len(storage.asked) < 20
+
+
+def test_a_call_that_is_cancelled_in_its_look_leaves_it_to_the_others() -> None:
+    storage = Dead(StateUnavailableError("out of reach"))
+    handler = stateful(storage, on_unavailable="ephemeral")(answer_degraded)
+
+    async def main() -> None:
+        first = asyncio.create_task(handler({"id": "a"}))
+        await asyncio.to_thread(wait_until, lambda: bool(storage.asked), "the store is asked")
+        second = asyncio.create_task(handler({"id": "b"}))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0.01)
+        storage.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert await second is True
+
+    asyncio.run(main())
+    assert storage.asked == ["a", "b"]
+
+
+async def answer_degraded(task: Any, context: Any) -> Any:
+    return context.degraded
+
+
+def test_what_is_wrong_with_one_conversation_is_no_outage_for_the_others(tmp_path: Path) -> None:
+    def unreadable() -> StateUnavailableError:
+        error = StateUnavailableError("is a directory")
+        error.__cause__ = IsADirectoryError(errno.EISDIR, "is a directory")
+        return error
+
+    storage = Dead(unreadable())
+    handler = stateful(storage, on_unavailable="ephemeral")(answer_degraded)
+
+    async def main() -> None:
+        calls = asyncio.gather(*(handler({"id": name}) for name in "abc"))
+        storage.go_on.set()
+        assert await calls == [True, True, True]
+
+    asyncio.run(main())
+    assert sorted(storage.asked) == ["a", "b", "c"]  # each has looked for itself
 
 
 class TestConfigured:

@@ -7,7 +7,6 @@ there first; an entry stands for the module and everything in it, unless a longe
 from __future__ import annotations
 
 import ast
-import graphlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,14 @@ from pathlib import Path
 import pytest
 
 RANKS: tuple[tuple[str, ...], ...] = (
+    ("agentstate.context",),
     ("agentstate", "agentstate.__main__"),
     ("agentstate.cli", "agentstate.compat"),
     ("agentstate.handlers", "agentstate.testing"),
     ("agentstate.transfer",),
     ("agentstate.config", "agentstate.registry"),
     ("agentstate.aio",),
-    ("agentstate.context",),
+    ("agentstate.blocking",),
     ("agentstate.telemetry",),
     ("agentstate.batches", "agentstate.calls", "agentstate.calllog"),
     ("agentstate.caller",),
@@ -33,10 +33,6 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("agentstate.errors", "agentstate.records", "agentstate.version"),
 )
 
-# These hand out names of modules that stand above them, loaded on first use: what they import for that,
-# in `__getattr__` and for type checkers under `if TYPE_CHECKING:`, does not count.
-LAZY = frozenset({"agentstate", "agentstate.context"})
-
 
 def test_imports_run_one_way() -> None:
     faults = violations(imports_of(package_folder()))
@@ -44,8 +40,8 @@ def test_imports_run_one_way() -> None:
 
 
 def test_imports_run_in_no_circle() -> None:
-    modules = circle(imports_of(package_folder(), types=False))
-    assert not modules, " imports ".join(reversed(modules))
+    found = circles(imports_of(package_folder()))
+    assert not found, "\n".join(f"these import each other: {', '.join(modules)}" for modules in found)
 
 
 def package_folder() -> Path:
@@ -65,25 +61,17 @@ def read_package(folder: Path) -> dict[str, Path]:
     return modules
 
 
-def imports_of(folder: Path, *, types: bool = True) -> dict[str, set[str]]:
-    """What each module imports of the package, wherever in its code; without `types`, only at run time."""
+def imports_of(folder: Path) -> dict[str, set[str]]:
+    """What each module imports of the package: wherever in its code, and for type checkers too."""
     modules = read_package(folder)
-    return {module: set(imported_modules(module, modules, types=types)) for module in modules}
+    return {module: set(imported_modules(module, modules)) for module in modules}
 
 
-def imported_modules(module: str, modules: dict[str, Path], *, types: bool) -> Iterator[str]:
+def imported_modules(module: str, modules: dict[str, Path]) -> Iterator[str]:
     path = modules[module]
-    tree = ast.parse(path.read_bytes(), path)
-    ignored: set[ast.AST] = set()
-    if module in LAZY or not types:
-        ignored.update(type_checking_only(tree))
-    if module in LAZY:
-        ignored.update(lazy_exports(tree))
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_bytes(), path)):
         names: list[str] = []
-        if node in ignored:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -94,19 +82,6 @@ def imported_modules(module: str, modules: dict[str, Path], *, types: bool) -> I
         for name in names:
             if name.partition(".")[0] == package[0] and name != module:
                 yield name
-
-
-def type_checking_only(tree: ast.Module) -> Iterator[ast.AST]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
-            for statement in node.body:
-                yield from ast.walk(statement)
-
-
-def lazy_exports(tree: ast.Module) -> Iterator[ast.AST]:
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
-            yield from ast.walk(node)
 
 
 def rank(module: str) -> int | None:
@@ -135,13 +110,21 @@ def violations(imports: dict[str, set[str]]) -> list[str]:
     return faults
 
 
-def circle(imports: dict[str, set[str]]) -> list[str]:
-    try:
-        graphlib.TopologicalSorter(imports).prepare()
-    except graphlib.CycleError as error:
-        names: list[str] = error.args[1]
-        return names
-    return []
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The largest sets of modules that all import each other, directly or through others."""
+    reached = {module: reachable(module, imports) for module in imports}
+    found = {frozenset(other for other in reached[module] if module in reached[other]) for module in imports}
+    return sorted(sorted(modules) for modules in found if modules)
+
+
+def reachable(module: str, imports: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for target in imports.get(waiting.pop(), set()) - seen:
+            seen.add(target)
+            waiting.append(target)
+    return seen
 
 
 class TestTheChecksThemselves:
@@ -202,22 +185,10 @@ class TestTheChecksThemselves:
             "agentstate.storage.resolve imports agentstate.storage.base, which stands above it in RANKS"
         ]
 
-    @pytest.mark.parametrize(
-        "lazy",
-        [
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import handlers",
-            "def __getattr__(name):\n    from . import handlers",
-        ],
-    )
-    def test_lazy_exports_do_not_count_where_they_are_allowed(self, check: Checker, lazy: str) -> None:
+    def test_names_that_are_loaded_on_first_use_are_imports_too(self, check: Checker) -> None:
         check.write("handlers", "")
-        check.write("context", lazy)
-        assert check.violations() == []
-        check.write("aio", lazy)
+        check.write("aio", "def __getattr__(name):\n    from . import handlers")
         assert check.violations() == ["agentstate.aio imports agentstate.handlers, which stands above it in RANKS"]
-        check.write("aio", "")
-        check.write("context", "def f():\n    from . import handlers")
-        assert check.violations() == ["agentstate.context imports agentstate.handlers, which stands above it in RANKS"]
 
     def test_a_module_without_a_row_is_reported(self, check: Checker) -> None:
         check.write("__init__", "")
@@ -228,16 +199,21 @@ class TestTheChecksThemselves:
         check.write("aio", "from agentstate.errrors import StateError")
         assert check.violations() == ["agentstate.aio imports agentstate.errrors, which does not exist"]
 
-    def test_a_circle_within_a_row_is_reported(self, check: Checker) -> None:
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "from . import codec",
+            "def f():\n    from . import codec",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import codec",
+        ],
+    )
+    def test_a_circle_within_a_row_is_reported(self, check: Checker, statement: str) -> None:
         check.write("codec", "from . import keys")
-        check.write("keys", "def f():\n    from . import codec")
+        check.write("keys", "from . import urls")
+        check.write("urls", statement)
+        check.write("operations", "from . import codec")
         assert check.violations() == []
-        assert set(circle(imports_of(check.folder, types=False))) == {"agentstate.codec", "agentstate.keys"}
-
-    def test_types_make_no_circle(self, check: Checker) -> None:
-        check.write("codec", "from . import keys")
-        check.write("keys", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import codec")
-        assert circle(imports_of(check.folder, types=False)) == []
+        assert circles(imports_of(check.folder)) == [["agentstate.codec", "agentstate.keys", "agentstate.urls"]]
 
 
 class Checker:

@@ -10,7 +10,7 @@ import pytest
 
 from agentstate import ConversationContext, SyncConversationContext, calls
 from agentstate.aio import AsyncBatch, AsyncTurn
-from agentstate.context import SyncBatch, SyncTurn
+from agentstate.blocking import SyncBatch, SyncTurn
 
 # What only one of them can have.
 AWAITABLE_ONLY = {"aclose"}

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from ..context import SyncConversationContext
+from ..blocking import SyncConversationContext
 from ..errors import StateError
 from ..keys import check_context_id
 from ..operations import Snapshot

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import click
 
-from ..context import SyncConversationContext
+from ..blocking import SyncConversationContext
 from ..errors import StateConfigError, StateCorruptedError, StateError, StateUnavailableError
 from ..operations import Query, Snapshot
 from ..registry import read_config

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from ..context import SyncConversationContext
+from ..blocking import SyncConversationContext
 from ..keys import check_context_id
 from ..operations import Query, Snapshot, Window
 from ..storage.base import StateStorage

@@ -8,9 +8,9 @@
 `stateful` makes a `shape.Handler` of the function once, and a `call.Call` of each call; `tasks` reads what a task says.
 """
 
-from .call import degraded_calls
 from .decorator import StatefulDecorator, StatefulFunction, StatefulMethod, stateful
 from .names import HandlerNotFoundError, get_handler, list_handlers, register_handler
+from .outage import degraded_calls
 
 __all__ = [
     "HandlerNotFoundError",

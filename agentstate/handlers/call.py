@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 from ..errors import StateUnavailableError
+from .outage import find_outage, find_outage_async, stand_in
 from .shape import Handler
 
 
@@ -50,10 +50,9 @@ class Call:
         if not self._prepare():
             return self
         if self._ephemeral:
-            try:
-                self._context.exists(self._context_id)
-            except StateUnavailableError as error:
-                self._stand_in(error)
+            outage = find_outage(self._context, self._context_id)
+            if outage is not None:
+                self._stand_in(outage)
         if self._handler.settings.serialize_turns:
             turn = self._context.turn(self._context_id)
             self._context._run(turn._take(sys._getframe(1), track=False))
@@ -74,10 +73,9 @@ class Call:
         if not self._prepare():
             return self
         if self._ephemeral:
-            try:
-                await self._context.exists(self._context_id)
-            except StateUnavailableError as error:
-                self._stand_in(error)
+            outage = await find_outage_async(self._context, self._context_id)
+            if outage is not None:
+                self._stand_in(outage)
         if self._handler.settings.serialize_turns:
             turn = self._context.turn(self._context_id)
             await self._context._run(turn._take(sys._getframe(1), track=False))
@@ -99,43 +97,13 @@ class Call:
         self._context = self._context.holding(self._context_id, turn.token)
         self._turn = turn
 
-    # --- outages ---
-
     def _stand_in(self, error: StateUnavailableError) -> None:
-        """Go on with a context in memory, for this call only, that has the limits of the store out of reach."""
         from logging import getLogger
 
-        from ..storage.memory import InMemoryStorage
-
-        storage = self._context.storage
-        memory = InMemoryStorage(
-            ttl=storage.ttl,
-            max_history=storage.max_history,
-            max_value_bytes=storage.max_value_bytes,
-            deadline=storage.deadline,
-        )
-        self._context = type(self._context)(memory, user_id=self._context.user_id)
-        self._context.degraded = True
-        storage.tally.add(degraded_calls=1)
-        _count_degraded()
+        self._context = stand_in(self._context)
         getLogger("agentstate.handlers").warning(
-            "the store cannot be reached: %s() answers %r from memory, and forgets: %s",
+            "the store cannot be reached; %s() answers %r from memory, and what it stores is lost: %s",
             self._handler.name,
             self._context_id,
             error,
         )
-
-
-_degraded = 0
-_degraded_lock = threading.RLock()  # a handler of a signal may call a handler
-
-
-def degraded_calls() -> int:
-    """How many calls of handlers this process answered without the store (`on_unavailable="ephemeral"`)."""
-    return _degraded
-
-
-def _count_degraded() -> None:
-    global _degraded
-    with _degraded_lock:
-        _degraded += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from inspect import (
@@ -17,7 +18,7 @@ from inspect import (
 )
 from typing import Any, Final, NamedTuple
 
-from ..errors import InvalidContextIdError, StateAccessError, StateConfigError
+from ..errors import InvalidContextIdError, StateAccessError, StateConfigError, StateError
 from ..keys import check_context_id
 from ..registry import Manager, check_enabled, new_context, overridden, read_config, shared_context
 from ..storage.base import StateStorage
@@ -28,6 +29,10 @@ _INJECTED: Final = ("context", "context_id")
 _OWNERS: Final = ("self", "cls", "mcs")
 _POSITIONAL: Final = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _BY_KEYWORD: Final = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+_sharing: Final[list[weakref.ref[Handler]]] = []
+"""The handlers whose conversations are shared by name: see `SHARED_BY` of the decorator."""
 
 
 class Kind(Enum):
@@ -89,6 +94,8 @@ class Handler:
         # What stands behind an injected parameter cannot be given by position.
         positional = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
         self._places = min((positional.index(name) for name in self.injected if name in positional), default=None)
+        if isinstance(settings.context_id, str):
+            _sharing.append(weakref.ref(self))
 
     def _find_injected(self, parameters: list[Parameter]) -> tuple[str, ...]:
         takes = {parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD}
@@ -190,26 +197,47 @@ class Handler:
 
     def _candidates(self, task: Any) -> Iterator[tuple[str, Any]]:
         finder = self.settings.context_id
-        space = ""
         if callable(finder):
             yield "what context_id= found", finder(task)
         elif finder is not None:
             where = f"task.metadata['{finder}_id']"
             text = as_text(metadata(task, f"{finder}_id"), where)
-            space = f"{finder}:"
-            yield where, text and space + text
+            yield where, text and f"{finder}:{text}"
         for where, value in (
             ("task.context_id", field(task, "context_id")),
             ("task.contextId", field(task, "contextId")),  # as it is called in A2A's JSON
             ("task.metadata['context_id']", metadata(task, "context_id")),
             ("task.id", field(task, "id")),
         ):
-            if space and isinstance(value, str) and value.startswith(space):
+            if isinstance(value, str) and (name := self._shared_by(value)):
                 # Or a task that names no user could name the conversation of any user.
                 raise InvalidContextIdError(
-                    f"{where} must not be {value!r}: only task.metadata['{finder}_id'] may say so"
+                    f"{where} must not be {value!r}: such conversations are found by task.metadata['{name}_id'], since "
+                    f"a handler on this store has context_id={name!r}"
                 )
             yield where, value
+
+    def _shared_by(self, context_id: str) -> str | None:
+        """The `context_id` of a handler on the same store (it may be this one) that gives ids like this one."""
+        for reference in _sharing:
+            other = reference()
+            if other is not None and context_id.startswith(f"{other.settings.context_id}:") and self._meets(other):
+                return str(other.settings.context_id)
+        return None
+
+    def _meets(self, other: Handler) -> bool:
+        """Whether the two are on one store, as far as can be told: storages with different options may be."""
+        mine = self.connect().context
+        try:
+            its = other.connect().context
+        except StateError:
+            return True  # nobody can tell
+        if mine is None or its is None:
+            return False
+        one, two = mine.storage, its.storage
+        if one is two or not one.blocking:  # every memory is a store of its own
+            return one is two
+        return type(one) is type(two) and one.telemetry_attributes() == two.telemetry_attributes()
 
     def user(self, task: Any) -> str | None:
         """The user that the call is bound to, if calls are. Raises StateAccessError if there is nobody."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 import pytest
 
 from ..aio import ConversationContext
-from ..context import SyncConversationContext
+from ..blocking import SyncConversationContext
 from ..storage.base import StateStorage
 
 Context: TypeAlias = SyncConversationContext

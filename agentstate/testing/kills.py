@@ -26,7 +26,7 @@ from typing import ClassVar, Final
 
 import pytest
 
-from ..context import SyncConversationContext
+from ..blocking import SyncConversationContext
 from .harness import Harness
 
 _BEGUN: Final = b"b"

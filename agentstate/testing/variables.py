@@ -196,7 +196,7 @@ class VariableTests(Harness):
     @staticmethod
     def write_behind(context: Context, context_id: str, key: str, value: Any) -> None:
         """Set a variable while a call of `context` is under way (whose loop may be busy with that)."""
-        from ..context import SyncConversationContext
+        from ..blocking import SyncConversationContext
 
         SyncConversationContext(context.storage).set_variable(context_id, key, value)
 
