@@ -120,6 +120,8 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["export", "--json"], exits.USAGE, ["--json"]),
     (["import", "nothing.jsonl"], exits.NOT_FOUND, ["nothing.jsonl"]),
     (["migrate", "nothing", "new"], exits.NOT_FOUND, ["nothing"]),
+    (["migrate", "file", "new"], exits.USAGE, ["not a folder", "agentstate import"]),
+    (["completion"], exits.USAGE, ["Choose from: bash, zsh, fish"]),
     (["migrate", "conversation_states", "./conversation_states/"], exits.USAGE, ["same storage"]),
     (["migrate", "conversation_states"], exits.USAGE, ["TO"]),
     (["migrate", "conversation_states", "file"], exits.UNAVAILABLE, ["file"]),

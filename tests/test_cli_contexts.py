@@ -164,6 +164,20 @@ def test_follow_prints_what_other_processes_add(store: Store) -> None:
         assert json.loads(process.stdout.readline())["content"] == "after"
 
 
+def test_clear_says_what_it_cleared_before_it_failed(files: Store) -> None:
+    for name in ("a", "b", "c"):
+        files.context.set_variable(name, "x", 1)
+    (files.folder / "conversation_states" / "b.jsonl").unlink()
+    (files.folder / "conversation_states" / "b.jsonl").mkdir()
+    ran = files.run("clear", "--yes", "a", "b", "c")
+    assert ran.code == exits.CORRUPTED
+    lines = ran.err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "Cleared 'a'."
+    assert "b.jsonl" in lines[1]
+    assert files.context.exists("c")
+
+
 def test_the_last_messages_are_no_more_than_asked_for_while_more_are_written(store: Store) -> None:
     store.context.extend_history("a", [{"role": "user", "content": n} for n in range(5)])
     done = threading.Event()
