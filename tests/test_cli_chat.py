@@ -110,12 +110,12 @@ def test_each_line_of_a_pipe_is_a_message(here: Path) -> None:
     assert [message["content"] for message in history] == ["one", "two", "three"]
 
 
-def test_a_user_can_be_named(here: Path) -> None:
+def test_the_task_has_the_user(here: Path) -> None:
     assert run("chat", "agent.handlers:private", "hi", "--user", "alice", cwd=here).out == "alice\n"
     assert_one_line(run("chat", "agent.handlers:private", "hi", "--user", "bob", cwd=here), exits.REFUSED, "terminal")
 
 
-def test_the_configuration_is_the_handlers(here: Path) -> None:
+def test_the_handler_uses_the_configuration_file(here: Path) -> None:
     (here / "x.yaml").write_text("state:\n  backend: file\n  storage_dir: elsewhere\n")
     assert run("chat", "agent.handlers:blocking", "hi", "--config", "x.yaml", cwd=here).code == 0
     assert (here / "elsewhere").is_dir()
@@ -148,7 +148,7 @@ def test_a_traceback_is_shown_when_asked_for(here: Path) -> None:
     assert "in failing" in ran.err
 
 
-def test_bytes_that_are_no_text_do_not_end_the_conversation(here: Path) -> None:
+def test_bytes_that_are_not_text_do_not_end_the_conversation(here: Path) -> None:
     ran = run("chat", "agent.handlers:blocking", cwd=here, stdin=b"caf\xe9\nok\n")
     assert (ran.code, ran.out) == (0, "1 in terminal\n2 in terminal\n")
 
@@ -169,11 +169,11 @@ def test_a_task_is_an_object_and_a_mapping() -> None:
         task["text"]
 
 
-def test_an_error_of_ours_in_a_module_is_told_as_it_is(here: Path) -> None:
+def test_an_error_of_agentstate_in_a_module_is_printed_unchanged(here: Path) -> None:
     (here / "wrong.py").write_text("from agentstate import FileStorage\nFileStorage(fsync='often')\n")
     assert_one_line(run("chat", "wrong.py:bot", "hello", cwd=here), exits.USAGE, "fsync must be one of")
 
 
-def test_a_file_that_is_no_python_is_told_so(here: Path) -> None:
+def test_a_file_that_is_not_python_is_an_error(here: Path) -> None:
     (here / "bot.txt").write_text("bot = print")
     assert_one_line(run("chat", "./bot.txt:bot", "hello", cwd=here), exits.USAGE, "not a Python file")

@@ -92,7 +92,7 @@ def test_an_exit_code_does_not_depend_on_whether_stderr_can_be_written(some: Pat
 
 @LINUX
 @pytest.mark.parametrize("variables", [{}, ASCII], ids=["UTF-8", "ASCII"])
-def test_file_names_of_any_bytes_disturb_nobody(some: Path, variables: dict[str, str]) -> None:
+def test_file_names_of_any_bytes_are_accepted(some: Path, variables: dict[str, str]) -> None:
     store = os.fsencode(some / "conversation_states")
     for name in (b"\xff.json", b"\xff.jsonl", b"\xff.txt"):
         with open(store + b"/" + name, "xb"):
@@ -136,7 +136,7 @@ def test_a_folder_that_this_locale_cannot_name_is_a_mistake_in_the_configuration
 # --- what cannot be read --------------------------------------------------------------------------------------------
 
 
-def test_another_programs_document_is_told_alike_and_is_no_damage_to_repair(some: Path) -> None:
+def test_a_document_of_another_program_is_reported_and_not_repaired(some: Path) -> None:
     assert run("clear", "--yes", "世界", cwd=some).code == 0
     (some / "conversation_states" / "alice.json").write_text(agentup_document("alice"))
     log = some / "conversation_states" / "alice.jsonl"
@@ -167,7 +167,7 @@ def test_a_second_repair_keeps_the_first_original(tmp_path: Path) -> None:
 
 @LINUX
 @pytest.mark.parametrize("layout", ["log", "document"])
-def test_what_is_no_file_is_told_and_does_not_hide_the_others(tmp_path: Path, layout: str) -> None:
+def test_folders_in_place_of_files_are_reported_and_do_not_hide_the_others(tmp_path: Path, layout: str) -> None:
     store = tmp_path / "store"
     with SyncConversationContext(FileStorage(store, layout=layout)) as context:
         for name in ("a", "z"):
@@ -189,7 +189,7 @@ def test_what_is_no_file_is_told_and_does_not_hide_the_others(tmp_path: Path, la
     assert run("cleanup", "--max-age-hours", "0", *options, "--json", cwd=tmp_path).json == {"deleted": 2}
 
 
-def test_a_damaged_document_is_left_to_its_owner(tmp_path: Path) -> None:
+def test_a_damaged_document_is_not_repaired(tmp_path: Path) -> None:
     (tmp_path / "conversation_states").mkdir()
     (tmp_path / "conversation_states" / "broken.json").write_text('{"context_id": "broken", "hist')
     ran = run("verify", "--repair", cwd=tmp_path)
@@ -209,7 +209,7 @@ class Away(InMemoryStorage):
                 super().execute([operation], lambda _, outcome, index=index: settle(index, outcome))  # type: ignore[misc]
 
 
-def test_a_store_that_goes_away_is_told_once_and_not_for_each_conversation() -> None:
+def test_a_store_that_becomes_unreachable_is_reported_once() -> None:
     with closing(Away()) as storage:
         many(storage, 10)
         with pytest.raises(StateUnavailableError, match="went away"):
@@ -221,7 +221,7 @@ def test_a_store_that_goes_away_is_told_once_and_not_for_each_conversation() -> 
 # --- Ctrl-C before the command has begun ----------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_command_is_loaded_prints_no_traceback(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "class Interrupted:\n"
