@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from agentstate.errors import (
     StateTimeoutError,
     StateUnavailableError,
 )
-from agentstate.operations import Append, Commit, Delete, Operation, Put, Query, Snapshot, Space
+from agentstate.operations import Append, Commit, Delete, Operation, Page, Put, Query, Snapshot, Space
 from agentstate.storage.base import Settle, StateStorage
 from agentstate.storage.memory import InMemoryStorage
 from agentstate.transfer import Result, count_contexts, migrate
@@ -220,16 +220,39 @@ def test_a_dry_run_writes_nothing_and_reports_what_would_be_done(store: Stores, 
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-class Failing(InMemoryStorage):
+class Intercepted(InMemoryStorage):
+    """Carries out operations one by one, each by `intercept`, which a test overrides."""
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        for index, operation in enumerate(operations):
+            try:
+                outcome = self.intercept(operation)
+            except StateError as error:
+                outcome = error
+            settle(index, outcome)
+
+    def intercept(self, operation: Operation) -> Any:
+        return self.directly(operation)
+
+    def directly(self, operation: Operation) -> Any:
+        """Carry out an operation without interception. Raises its error."""
+        outcomes: list[Any] = []
+        super().execute((operation,), lambda index, outcome: outcomes.append(outcome))
+        if isinstance(outcomes[0], StateError):
+            raise outcomes[0]
+        return outcomes[0]
+
+
+class Failing(Intercepted):
     """Fails where a test says so."""
 
     def __init__(self, before: Callable[[Operation], None] = lambda operation: None, **options: Any) -> None:
         super().__init__(**options)
         self.before = before
 
-    def _execute(self, operation: Operation) -> Any:
+    def intercept(self, operation: Operation) -> Any:
         self.before(operation)
-        return super()._execute(operation)
+        return self.directly(operation)
 
 
 def test_an_interrupt_within_a_long_context_leaves_nothing_of_it() -> None:
@@ -278,7 +301,7 @@ def test_a_source_that_changes_while_a_long_context_is_read_is_read_again() -> N
         nonlocal changes
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000 and changes < 3:
             changes += 1
-            assert InMemoryStorage._execute(source, Commit("a", (Append((b"{}",)),), f"change {changes}")) == b""
+            assert source.directly(Commit("a", (Append((b"{}",)),), f"change {changes}")) == b""
 
     source, target = Failing(), InMemoryStorage()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])
@@ -295,7 +318,7 @@ def test_a_source_that_never_stops_changing_is_reported_and_leaves_nothing_behin
         nonlocal changes
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000:
             changes += 1
-            InMemoryStorage._execute(source, Commit("a", (Put(Space.VARIABLES, (("v", b"1"),)),), f"change {changes}"))
+            source.directly(Commit("a", (Put(Space.VARIABLES, (("v", b"1"),)),), f"change {changes}"))
 
     source, target = Failing(), InMemoryStorage()
     for _ in range(3):
@@ -310,7 +333,7 @@ def test_a_source_that_never_stops_changing_is_reported_and_leaves_nothing_behin
 def test_a_context_that_is_cleared_while_it_is_read_is_gone() -> None:
     def clear(operation: Operation) -> None:
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000:
-            InMemoryStorage._execute(source, Commit("a", (Delete(),), "clear"))
+            source.directly(Commit("a", (Delete(),), "clear"))
 
     source = Failing()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])
@@ -358,9 +381,9 @@ def test_a_value_that_is_too_large_for_the_target_is_refused() -> None:
 
 
 def test_a_target_that_changes_what_it_stores_is_noticed() -> None:
-    class Lossy(InMemoryStorage):
-        def _execute(self, operation: Operation) -> Any:
-            outcome = super()._execute(operation)
+    class Lossy(Intercepted):
+        def intercept(self, operation: Operation) -> Any:
+            outcome = self.directly(operation)
             if isinstance(outcome, Snapshot) and outcome.messages:
                 return outcome._replace(messages=[*outcome.messages[:-1], b'{"n":"changed"}'])
             return outcome
@@ -372,12 +395,12 @@ def test_a_target_that_changes_what_it_stores_is_noticed() -> None:
     assert "reading it back" in str(report.problems[0].error)
 
 
-class Doubled(InMemoryStorage):
-    """Lists everything twice, as a Valkey may that reorganises its keys."""
+class Doubled(Intercepted):
+    """Lists everything twice, as Valkey may while it rehashes its keys."""
 
-    def _list(self, listing: Any) -> Any:
-        page = super()._list(listing)
-        return page._replace(context_ids=page.context_ids * 2)
+    def intercept(self, operation: Operation) -> Any:
+        outcome = self.directly(operation)
+        return outcome._replace(context_ids=outcome.context_ids * 2) if isinstance(outcome, Page) else outcome
 
 
 def test_a_context_that_is_listed_twice_is_copied_once() -> None:
@@ -437,7 +460,7 @@ def test_progress_is_called_for_every_context(store: Stores) -> None:
 # --- errors of storages ----------------------------------------------------------------------------------------------
 
 
-class Unsettled(InMemoryStorage):
+class Unsettled(Intercepted):
     """Answers operations with errors of its own, before or after it has carried them out."""
 
     def __init__(self, **options: Any) -> None:
@@ -447,13 +470,13 @@ class Unsettled(InMemoryStorage):
     def fail(self, error: StateError, when: Callable[[Operation], bool], *, afterwards: bool = False) -> None:
         self.errors.append((afterwards, when, error))
 
-    def _execute(self, operation: Operation) -> Any:
+    def intercept(self, operation: Operation) -> Any:
         failure = next((each for each in self.errors if each[1](operation)), None)
         if failure is None:
-            return super()._execute(operation)
+            return self.directly(operation)
         self.errors.remove(failure)
         if failure[0]:
-            super()._execute(operation)
+            self.directly(operation)
         raise failure[2]
 
 

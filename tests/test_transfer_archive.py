@@ -354,7 +354,7 @@ def test_a_context_that_changes_while_it_is_exported_is_abandoned_and_written_ag
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000 and changes < 2:
             changes += 1
             message = encode({"role": "user", "content": "more", "timestamp": "", "metadata": {}}, "message")
-            InMemoryStorage._execute(source, Commit("a", (Append((message,)),), f"change {changes}"))
+            source.directly(Commit("a", (Append((message,)),), f"change {changes}"))
 
     source = Failing()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])

@@ -74,7 +74,7 @@ def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> i
     if as_json:
         console.json_document({"conversations": seen.conversations, "messages": seen.messages, "damaged": found})
     elif seen.conversations or found or not names:
-        repaired = f", {len(found) - unrepaired:,} repaired" if repair else ""
+        repaired = f", {len(found) - unrepaired:,} repaired" if len(found) > unrepaired else ""
         state = f"{len(found):,} damaged{repaired}" if found else "all intact"
         counts = (
             f"{console.counted(seen.conversations, 'conversation')} with {console.counted(seen.messages, 'message')}"
