@@ -18,7 +18,7 @@ from servers import HOST, ValkeyServer, wait_until
 from stores import many
 
 from agentstate.cli import exits
-from agentstate.cli.doctor import _look_for_damage
+from agentstate.cli.doctor import _examine, _look_for_damage
 from agentstate.cli.doctor_file import look_at_folder
 from agentstate.cli.doctor_valkey import _transport
 from agentstate.context import SyncConversationContext
@@ -81,6 +81,18 @@ def test_doctor_leaves_no_file_behind(tmp_path: Path, layout: str) -> None:
     examine(tmp_path, "--storage-dir", "store", "--layout", layout)
     assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_file()) == before
     assert len(before) == 1
+
+
+@pytest.mark.parametrize("after", ["operations", "append", "turn", "conversations"])
+def test_an_interrupted_doctor_leaves_no_file_behind(tmp_path: Path, after: str) -> None:
+    folder = tmp_path / "store"
+    names = ("config_file", "storage", "url", "key_prefix", "layout", "settings")
+    findings = _examine({**dict.fromkeys(names), "storage_dir": str(folder)}, read_only=False)
+    assert any(finding.subject == after for finding in findings)
+    assert [path for path in folder.iterdir() if path.is_file()] != [] or after == "conversations"
+    with pytest.raises(KeyboardInterrupt):
+        findings.throw(KeyboardInterrupt)
+    assert [path for path in folder.iterdir() if path.is_file()] == []
 
 
 def test_a_server_that_refuses_connections_is_a_problem_at_once(tmp_path: Path) -> None:
