@@ -15,7 +15,9 @@ from commands import COMMAND, Ran, assert_one_line, environment, run, unmeasured
 from stores import many
 
 from agentstate.cli import exits
+from agentstate.cli.lookup import not_found
 from agentstate.cli.rows import rows_of
+from agentstate.cli.store import Place
 from agentstate.cli.verify import _damaged, _Seen
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateUnavailableError
@@ -23,6 +25,7 @@ from agentstate.operations import Operation, Query
 from agentstate.storage.base import Settle
 from agentstate.storage.file import FileStorage
 from agentstate.storage.memory import InMemoryStorage
+from agentstate.transfer import pages_of_ids
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own limits, files and locales")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -216,6 +219,42 @@ def test_a_store_that_becomes_unreachable_is_reported_once() -> None:
             list(rows_of(storage))
         with pytest.raises(StateUnavailableError, match="went away"):
             list(_damaged(storage, [], _Seen()))
+
+
+class Unlistable(InMemoryStorage):
+    """A store whose listing fails."""
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        for index in range(len(operations)):
+            settle(index, StateUnavailableError("the server went away"))
+
+
+def test_an_unknown_id_is_an_error_without_a_hint_where_ids_cannot_be_listed() -> None:
+    with closing(Unlistable()) as storage:
+        error = not_found(storage, Place("mine", {}), "alice")
+    assert str(error) == "there is no conversation 'alice' in the storage 'mine'"
+
+
+def test_an_unknown_id_is_compared_with_a_limited_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(InMemoryStorage()) as storage:
+        many(storage, 2000)
+        listed = list(pages_of_ids(storage))
+        near = listed[0][0][:-1] + "x"
+        assert "did you mean" in str(not_found(storage, Place("mine", {}), near))
+        monkeypatch.setattr("agentstate.cli.lookup._MOST", 0)
+        assert "did you mean" not in str(not_found(storage, Place("mine", {}), near))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("Alice", "alice"), ("alicee", "alice"), ("ALICIA", "alice"), ("bob", "user:bob"), ("x" * 40, None), ("", None)],
+)
+def test_the_id_that_was_meant_is_found(typed: str, meant: str | None) -> None:
+    with closing(InMemoryStorage()) as storage:
+        for name in ("alice", "user:bob", "conversation:4711"):
+            SyncConversationContext(storage).get_or_create(name)
+        error = str(not_found(storage, Place("mine", {}), typed))
+    assert error.partition(" (did you mean ")[2] == (f"{meant!r}?)" if meant else "")
 
 
 # --- Ctrl-C before the command has begun ----------------------------------------------------------------------------
