@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import assert_one_line, run
+from commands import assert_one_line, run, started
 
 from agentstate.cli import exits
 from agentstate.cli.chat import Task
@@ -48,6 +48,13 @@ def silent(task):
 
 def failing(task):
     raise ZeroDivisionError("by zero")
+
+def offline(task):
+    raise ConnectionResetError(104, "the model is away")
+
+def offline_pieces(task):
+    yield "one "
+    raise BrokenPipeError(32, "the model is away")
 
 def leaving(task):
     raise SystemExit(9)
@@ -126,6 +133,7 @@ def test_the_handler_uses_the_configuration_file(here: Path) -> None:
     ("handler", "code", "words"),
     [
         ("agent.handlers:failing", exits.PROBLEM, ["ZeroDivisionError", "by zero"]),
+        ("agent.handlers:offline", exits.PROBLEM, ["the handler failed: ConnectionResetError", "the model is away"]),
         ("agent.handlers:blockin", exits.NOT_FOUND, ["blocking"]),
         ("agent.handlers:number", exits.USAGE, ["number"]),
         ("agent.handlrs:blocking", exits.NOT_FOUND, ["agent.handlrs"]),
@@ -139,6 +147,24 @@ def test_the_handler_uses_the_configuration_file(here: Path) -> None:
 )
 def test_a_bad_handler_is_one_line(here: Path, handler: str, code: int, words: list[str]) -> None:
     assert_one_line(run("chat", handler, "hello", cwd=here), code, *words)
+
+
+def test_an_error_of_the_system_in_a_handler_is_no_error_of_the_output(here: Path) -> None:
+    ran = run("chat", "agent.handlers:offline_pieces", "hello", cwd=here)
+    assert (ran.code, ran.out) == (exits.PROBLEM, "one ")
+    assert ran.err == "agentstate: the handler failed: BrokenPipeError: [Errno 32] the model is away\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("handler", ["plain", "pieces", "async_pieces"])
+def test_an_answer_that_cannot_be_printed_is_an_error_of_the_output(here: Path, handler: str) -> None:
+    with (
+        open("/dev/full", "wb") as full,
+        started("chat", f"agent.handlers:{handler}", "hello", cwd=here, stdout=full) as process,
+    ):
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == exits.PROBLEM
+    assert err == "agentstate: cannot write the output: No space left on device\n"
 
 
 def test_a_traceback_is_shown_when_asked_for(here: Path) -> None:
