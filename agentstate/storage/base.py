@@ -153,8 +153,11 @@ class StateStorage(ABC):
         return False
 
     def __del__(self) -> None:
-        # getattr: a subclass may have refused its options before `__init__` came here.
-        if not getattr(self, "closed", True) and not sys.is_finalizing() and self.has_resources():
+        try:
+            unclosed = not self.closed and not sys.is_finalizing() and self.has_resources()
+        except AttributeError:  # `__init__` refused an option before it had set all attributes
+            return
+        if unclosed:
             from warnings import warn
 
             text = f"unclosed {self!r}: call close(), or use its context in a with block"
