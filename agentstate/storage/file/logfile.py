@@ -132,10 +132,10 @@ class LogFile(LogView):
         effects = resolve(before, commit, now=now, ttl=ttl, lease=lease, read=self.read)
         if not isinstance(effects, Effects):
             if commit.idle_for is not None and not before.exists and self.identity is not None:
-                self._clean_up(before, now)
+                self._clean_up(before, now, flush=not lazily)
             return effects
         if effects.deletes or expired:
-            self._begin_anew(effects, now)
+            self._begin_anew(effects, now, flush=not lazily or effects.exists)
             return effects.answer
         if self.document is not None:
             image = self._adopt(image)
@@ -303,8 +303,11 @@ class LogFile(LogView):
 
     # --- writing as a whole
 
-    def _begin_anew(self, effects: Effects, now: int) -> None:
-        """Replace the file by one that holds nothing of what was before, but the commit ids."""
+    def _begin_anew(self, effects: Effects, now: int, *, flush: bool) -> None:
+        """Replace the file by one that holds nothing of what was before, but the commit ids.
+
+        Without `flush`, a power cut may leave an empty file, which is no context.
+        """
         self.write()
         adopted = self.document or self.adopted
         if adopted is not None:
@@ -320,7 +323,7 @@ class LogFile(LogView):
         if effects.exists:
             lines.append(image.advance(effects, None))
         had_document = self.document is not None
-        self._replace(lines, image)
+        self._replace(lines, image, flush=flush)
         self.line_end = image.log_end
         self.adopted = adopted
         if had_document:
@@ -330,14 +333,14 @@ class LogFile(LogView):
                 self.forget()
                 raise self.unknown(error) from error
 
-    def _clean_up(self, absent: LogImage, now: int) -> None:
+    def _clean_up(self, absent: LogImage, now: int, *, flush: bool) -> None:
         """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""
         if (absent.forget or 0) <= now:
             self._remove()
         elif self.current.exists:
             tombstone = LogImage(self.context_id)
             tombstone.commits, tombstone.forget = absent.commits, absent.forget
-            self._replace([tombstone.header(self.adopted), tombstone.checkpoint(None)], tombstone)
+            self._replace([tombstone.header(self.adopted), tombstone.checkpoint(None)], tombstone, flush=flush)
 
     def _remove(self) -> None:
         try:
@@ -381,7 +384,7 @@ class LogFile(LogView):
             raise self.corrupted(damage) from damage
 
     def _replace(self, lines: Iterable[bytes], image: LogImage | None, *, flush: bool = True) -> None:
-        """Atomically put a new file in the place of this one, flushed before it gets the name; `flush` may follow.
+        """Atomically put a new file in the place of this one, flushed before it gets the name unless not `flush`.
 
         With `image`, what is known of the new file; without, it is read when it is needed. Raises
         StateUnavailableError; StateOutcomeUnknownError; and Damage, where `lines` does.
