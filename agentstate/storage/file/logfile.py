@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any, Final
 
 from ...errors import (
@@ -20,7 +21,7 @@ from ..resolve import Effects, expiry, only_adds, resolve
 from .filesystem import FILE_MODE, write_whole
 from .folder import Folder
 from .logformat import Damage
-from .logimage import LogImage, whole_log
+from .logimage import LARGE, LogImage, is_large, whole_log
 from .logview import SUSPECT, LogView
 
 _REMEMBER: Final = int(REMEMBER_CLEARED * 1_000_000)  # microseconds
@@ -125,7 +126,11 @@ class LogFile(LogView):
         if not expired and not commit.answer and only_adds(commit, image):
             if self.document is not None:
                 image = self._adopt(image)
-            self._take(image, image.add(commit, now, expiry(now, ttl), flushed), lazily)
+            try:
+                lines = image.add(commit, now, expiry(now, ttl), flushed)
+            except ValueError as error:
+                raise self._unwritable(error) from error
+            self._take(image, lines, lazily)
             return b""
         # The image stays what the file says: if this clock is wrong, the context lives on unless something is written.
         before = image.after_expiry() if expired else image
@@ -134,29 +139,55 @@ class LogFile(LogView):
             if commit.idle_for is not None and not before.exists and self.identity is not None:
                 self._clean_up(before, now, flush=not lazily)
             return effects
-        if effects.deletes or expired:
+        if effects.deletes or expired or (not image.exists and is_large(effects.appended)):
             self._begin_anew(effects, now, flush=not lazily or effects.exists)
             return effects.answer
         if self.document is not None:
             image = self._adopt(image)
         if image.log_end == 0:
             self._pending.append(image.header())
-        self._take(image, image.advance(effects, flushed), lazily)
+        try:
+            lines = image.advance(effects, flushed)
+        except ValueError as error:
+            raise self._unwritable(error) from error
+        self._take(image, lines, lazily)
         return effects.answer
+
+    def _unwritable(self, reason: object) -> StateSerializationError:
+        """What to raise where a commit cannot be written, and the image may be ahead of the file."""
+        self.forget()
+        return StateSerializationError(str(reason), context_id=self.context_id)
 
     def _begun(self, image: LogImage) -> int:
         """Where the write begins that is to follow."""
         return image.log_end - sum(map(len, self._pending))
 
-    def _take(self, image: LogImage, line: bytes, lazily: bool) -> None:
-        self._pending.append(line)
+    def _take(self, image: LogImage, lines: bytes, lazily: bool) -> None:
+        """Have what one commit adds to the log written; and a checkpoint, where one is due."""
+        self._pending.append(lines)
         self.line_end = end = image.log_end
-        if line.find(b"\n") != len(line) - 1:
-            self.forget()
-            raise StateSerializationError("a stored value holds a line break", context_id=self.context_id)
-        if end >= image.checkpoint_due:
+        if lines.startswith(LARGE):
+            return
+        if lines.find(b"\n") != len(lines) - 1:
+            raise self._unwritable("a stored value holds a line break")
+        # A checkpoint vouches for all that is written with it. After a large commit, see `add_checkpoint`.
+        if end >= image.checkpoint_due and not any(part.startswith(LARGE) for part in self._pending):
             begun = self._begun(image)
             self._pending.append(image.checkpoint(self.flushed if lazily else begun, begun))
+
+    def add_checkpoint(self) -> None:
+        """After a large commit: write the checkpoint by itself, so that no reader has to check the lines before it.
+
+        The commit is done without it, so a failure is only logged; then the next commit writes it.
+        """
+        image = self.image
+        if image is None or self._pending or image.log_end < image.checkpoint_due:
+            return
+        self._pending.append(image.checkpoint(self.flushed, image.log_end))
+        try:
+            self.write()
+        except WriteFailed as failure:
+            _logger.warning("%s: a checkpoint could not be written: %s", self.path, failure.error)
 
     def write(self) -> int:
         """Append what was taken in, and say how many bytes. Raises WriteFailed, StateOutcomeUnknownError."""
@@ -178,7 +209,7 @@ class LogFile(LogView):
         except OSError as error:
             failure = self._unavailable(error, "write to")
             failure.__cause__ = error
-            complete = self._take_back(data, written, image.log_end - size)
+            complete = self._take_back(written, image.log_end - size)
             line_end = self.line_end
             self.forget()
             raise WriteFailed(failure, complete, line_end) from error
@@ -213,10 +244,10 @@ class LogFile(LogView):
             reader.open_for_appending()  # its mode may have been changed since; else this fails, with the reason
         return reader.fd
 
-    def _take_back(self, data: bytes, written: int, offset: int) -> int:
-        """After a failed write: leave no fragment. Says where complete lines, which readers may know, end."""
+    def _take_back(self, written: int, offset: int) -> int:
+        """After a failed write: leave no part of a commit. Says where complete ones, which readers may know, end."""
         fs, fd = self.folder.fs, self.reader.fd
-        complete = data.rfind(b"\n", 0, written) + 1
+        complete = max(end for end in accumulate(map(len, self._pending), initial=0) if end <= written)
         try:
             if offset == 0 and complete == 0 and fd >= 0:
                 fs.unlink(self.path)
@@ -313,6 +344,29 @@ class LogFile(LogView):
         if adopted is not None:
             self.left.remove_adopted()
         image = self.current.after_expiry()
+        had_document = self.document is not None
+        if is_large(effects.appended):
+            image.apply(effects)
+            first = effects.keep
+            self.replace_with(image, adopted, lambda start, stop: effects.appended[start - first : stop - first])
+        else:
+            self._replace(self._lines_anew(image, effects, adopted, now), image, flush=flush)
+            self.line_end = image.log_end
+            self.adopted = adopted
+        if had_document:
+            try:
+                self.left.remove()
+            except StateUnavailableError as error:
+                self.forget()
+                raise self.unknown(error) from error
+        if self.image is None:
+            try:
+                self._load()
+            except StateError as error:
+                raise self.unknown(error) from error
+
+    def _lines_anew(self, image: LogImage, effects: Effects, adopted: list[Any] | None, now: int) -> list[bytes]:
+        """The lines of a log in which nothing came before `effects` but commit ids; `image` becomes what they say."""
         image.forget = None
         lines = [image.header(adopted)]
         if not effects.exists:
@@ -322,16 +376,7 @@ class LogFile(LogView):
             lines.append(image.checkpoint())
         if effects.exists:
             lines.append(image.advance(effects, None))
-        had_document = self.document is not None
-        self._replace(lines, image, flush=flush)
-        self.line_end = image.log_end
-        self.adopted = adopted
-        if had_document:
-            try:
-                self.left.remove()
-            except StateUnavailableError as error:
-                self.forget()
-                raise self.unknown(error) from error
+        return lines
 
     def _clean_up(self, absent: LogImage, now: int, *, flush: bool) -> None:
         """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""

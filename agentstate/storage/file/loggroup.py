@@ -276,7 +276,7 @@ class LogGroups:
         if log.image is not None and unit.written:
             if self._operations.lazy is not None:
                 self._operations.lazy.add(log)
-            self._operations.rewrite_if_due(log)
+            self._operations.tidy(log)
         log.in_use = False
 
     def _flush_everything(self, units: set[_Unit]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, Final
 from zlib import crc32
 
@@ -52,7 +53,15 @@ _STATE: Final = ("exists", "user_id", "created", "updated", "revision", "expires
 
 _HISTORY_BYTES: Final = 16 * 1024
 _RUNS_IN_INDEX: Final = 64
-"""In a log that is written as a whole: how much history a line holds, and how many runs one lists."""
+"""How much history a line without record holds, and how many runs one lists."""
+
+_LARGE: Final = 64 * 1024
+"""Bytes; the messages of a commit with more of them are in lines of their own."""
+
+LARGE: Final = b'{"history":'
+"""How the lines of such a commit begin."""
+
+_READ_TOGETHER: Final = 16
 
 
 class LogImage(Image):
@@ -78,6 +87,7 @@ class LogImage(Image):
         "runs",
         "seal",
         "seed",
+        "staged",
     )  # fmt: skip
 
     def __init__(self, context_id: str) -> None:
@@ -86,7 +96,8 @@ class LogImage(Image):
         super().__init__()
         self.context_id = context_id
         self.seed = seed_of(context_id)
-        self.log_end = 0  # where the last good line ends
+        self.log_end = 0  # where the last good line ends; lines of history count once a later line confirms them
+        self.staged = False  # whether such lines were taken in that nothing has confirmed
         self.seal = b""  # of that line
         self.base = 0
         self.live = 0
@@ -155,8 +166,9 @@ class LogImage(Image):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise Damage(offset + begin, f"a line is not understood ({error})") from error
             begin = stop + 1
-            self.log_end = offset + begin
-            self.seal = line[-SEAL_SIZE:]
+            if not self.staged:
+                self.log_end = offset + begin
+                self.seal = line[-SEAL_SIZE:]
 
     def _replay_appends(self, data: bytes, begin: int, offset: int) -> int:
         """Take in usual lines as long as they follow each other, and say where they end.
@@ -164,7 +176,7 @@ class LogImage(Image):
         Any doubt is left to the thorough way. Half the time that it takes to read a cold context is spent here, so
         what can be done once for all of them is.
         """
-        if not self.exists:
+        if not self.exists or self.staged:
             return begin
         seed, view = self.seed + offset, memoryview(data)
         run, runs = self.open_run, self.runs
@@ -210,9 +222,12 @@ class LogImage(Image):
     def _replay_line(self, said: dict[str, Any], offset: int, size: int) -> None:
         if "rev" in said:
             self.replay_record(said, offset, size)
+            self.staged = False
         elif "checkpoint" in said:
             self.replay_checkpoint(said, offset, size)
+            self.staged = False
         elif "history" in said:
+            self.staged = True
             if not self.runs:
                 self.start = self.end = said["history"]
             self._move(self.start, said["history"], said["add"], offset, size)
@@ -281,7 +296,7 @@ class LogImage(Image):
 
     # --- history
 
-    def _move(self, start: int, keep: int, added: list[bytes], offset: int, size: int) -> None:
+    def _move(self, start: int, keep: int, added: Sequence[bytes], offset: int, size: int) -> None:
         """Messages before: [start, keep) stay; `added` follow, in the line at `offset`."""
         if keep != self.end:
             self._drop_last(keep)
@@ -380,7 +395,7 @@ class LogImage(Image):
         return line
 
     def add(self, commit: Commit, now: int, expires: int | None, flushed: int | None) -> bytes:
-        """Become what the context is after a commit that `only_adds` and has no answer, and return the line for it.
+        """Become what the context is after a commit that `only_adds` and has no answer, and return the lines for it.
 
         Nearly all commits are such: this is what `resolve` and `advance` make of them, in a third of the time.
         """
@@ -406,8 +421,11 @@ class LogImage(Image):
         if metadata:
             body += b',"meta":' + object_of(metadata)
             self.metadata.update(metadata)
+        staged = b""
         if len(messages) == 1:
             body = b'%b,"add":[%b]' % (body, messages[0])
+        elif is_large(messages):
+            staged, messages = self._stage(self.end, messages, flushed), ()
         elif messages:
             body = b'%b,"count":%d,"add":[%b]' % (body, len(messages), b",".join(messages))
         offset = self.log_end
@@ -417,10 +435,15 @@ class LogImage(Image):
         self.remember(commit_id, b"")
         if messages:
             self._add(messages, offset, size)
-        return line
+        return staged + line if staged else line
 
     def advance(self, effects: Effects, flushed: int | None) -> bytes:
-        """Become what the context is after a commit, and return the line that says so, for the end of the log."""
+        """Become what the context is after a commit, and return the lines that say so, for the end of the log."""
+        staged = b""
+        if is_large(effects.appended):
+            staged = self._stage(effects.keep, effects.appended, flushed)
+            effects = copy(effects)
+            effects.keep, effects.appended = self.end, []
         offset = self.log_end
         line = self.seal_next(record(self, effects, flushed))
         start, end = self.start, self.end
@@ -428,7 +451,21 @@ class LogImage(Image):
         self.forget = None
         self.start, self.end = start, end  # `_move` sees the difference
         self._move(effects.start, effects.keep, effects.appended, offset, len(line))
-        return line
+        return staged + line
+
+    def _stage(self, position: int, messages: Sequence[bytes], flushed: int | None) -> bytes:
+        """Lines with the messages of a large commit, which count once its record follows: one line of many messages
+        would have to be read as a whole for any of them. Raises ValueError."""
+        if any(b"\n" in message for message in messages):
+            raise ValueError("a stored value holds a line break")
+        flushed = self.log_end if flushed is None else flushed
+        lines = []
+        for batch in in_batches(messages):
+            lines.append(self.history(position, batch, flushed))
+            position += len(batch)
+            if len(self.runs) - self.listed >= _RUNS_IN_INDEX:
+                lines.append(self.index(flushed))
+        return b"".join(lines)
 
     def checkpoint(self, flushed: int | None = None, begun: int | None = None) -> bytes:
         """The line of a checkpoint, for the end of the log. `begun`: where the write begins that it is a part of."""
@@ -478,20 +515,21 @@ class LogImage(Image):
             parts.append(b',"older":[%d,%d]' % self.listing)
         return b"".join(parts)
 
-    def history(self, position: int, messages: list[bytes]) -> bytes:
-        """A line with messages, in a log that is written as a whole."""
+    def history(self, position: int, messages: Sequence[bytes], flushed: int | None = None) -> bytes:
+        """A line with messages, which a record or a checkpoint has to follow."""
         offset = self.log_end
-        body = b'{"history":%d,"count":%d,"add":[%b]' % (position, len(messages), b",".join(messages))
-        line = self.seal_next(body)
+        line = self.seal_next(
+            b'{"history":%d,"count":%d%b,"add":[%b]' % (position, len(messages), _flushed(flushed), b",".join(messages))
+        )
         if not self.runs:
             self.start = self.end = position
         self._move(self.start, position, messages, offset, len(line))
         return line
 
-    def index(self) -> bytes:
-        """A line with the runs that no line lists yet, in a log that is written as a whole."""
+    def index(self, flushed: int | None = None) -> bytes:
+        """A line with the runs that no line lists yet, among lines of history."""
         offset = self.log_end
-        body = b'{"index":' + text(self.runs[self.listed :])
+        body = b'{"index":' + text(self.runs[self.listed :]) + _flushed(flushed)
         if self.listing is not None:
             body += b',"older":[%d,%d]' % self.listing
         line = self.seal_next(body)
@@ -536,24 +574,45 @@ def _added(changes: Any) -> tuple[tuple[bytes, ...], dict[str, bytes], dict[str,
     return tuple(messages), variables, metadata
 
 
+def _flushed(size: int | None) -> bytes:
+    return b"" if size is None else b',"flushed":%d' % size
+
+
+def is_large(messages: Sequence[bytes]) -> bool:
+    """Whether the messages of a commit take several lines."""
+    return len(messages) > 1 and sum(map(len, messages)) > _LARGE
+
+
+def in_batches(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The messages of one line of history each."""
+    batch: list[bytes] = []
+    size = 0
+    for message in messages:
+        batch.append(message)
+        size += len(message)
+        if size >= _HISTORY_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def whole_log(context_id: str, image: LogImage, adopted: Sequence[Any] | None, read: ReadMessages) -> Iterator[bytes]:
     """The lines of a log that says what `image` does, and nothing that is superseded."""
     new = LogImage(context_id)
     yield new.header(adopted)
     position = image.start
-    while position < image.end:
-        messages: list[bytes] = []
-        size = 0
-        while position < image.end and size < _HISTORY_BYTES:
-            for message in read(position, min(image.end, position + 16)):
-                messages.append(message)
-                size += len(message)
-                position += 1
-                if size >= _HISTORY_BYTES:
-                    break
-        yield new.history(position - len(messages), messages)
+    for batch in in_batches(_messages_of(image, read)):
+        yield new.history(position, batch)
+        position += len(batch)
         if len(new.runs) - new.listed >= _RUNS_IN_INDEX:
             yield new.index()
     new.take_state(image)
     new.base = new.log_end
     yield new.checkpoint()
+
+
+def _messages_of(image: LogImage, read: ReadMessages) -> Iterator[bytes]:
+    """The history, read a few messages at a time: each may be large."""
+    for position in range(image.start, image.end, _READ_TOGETHER):
+        yield from read(position, min(image.end, position + _READ_TOGETHER))

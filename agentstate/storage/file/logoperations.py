@@ -173,7 +173,7 @@ class LogOperations:
                 self.flush(log, written=True)
         elif self.lazy is not None:
             self.lazy.add(log)
-        self.rewrite_if_due(log)
+        self.tidy(log)
 
     def flush(self, log: LogFile, *, written: bool) -> None:
         """Flush a log. `written`: whether it holds something new of the operations that wait for it.
@@ -188,8 +188,12 @@ class LogOperations:
             reason = str(error).partition(": whether")[0]
             raise StateUnavailableError(f"{reason}; nothing was done", context_id=error.context_id) from error
 
-    def rewrite_if_due(self, log: LogFile) -> None:
-        """Write a file without what is superseded. What was committed is in the old one too: no error of a call."""
+    def tidy(self, log: LogFile) -> None:
+        """After a log was written and flushed: rewrite it without what is superseded, where that pays.
+
+        What was committed is in the old file too: a failure is no error of a call.
+        """
+        log.add_checkpoint()
         image = log.image
         if image is None or image.log_end < image.rewrite_due or not image.wants_rewriting():
             return

@@ -132,7 +132,8 @@ class LogReader:
             good_end, damage = error.offset, error
         if good_end < size:
             self.check_torn(good_end, size, damage)
-        if good_end < begin + start:  # what the checkpoint builds on never reached the disk
+        # What the checkpoint builds on never reached the disk, or the record of a large commit is missing.
+        if good_end < begin + start or image.staged:
             return self.image(good_end) if good_end > 0 else (LogImage(self.context_id), None)
         return image, adopted
 
@@ -174,6 +175,8 @@ class LogReader:
             damage = error
         if image.log_end < size:
             self.check_torn(image.log_end, size, damage)
+        if image.staged:
+            raise Damage(image.log_end, "the record of a large commit is missing")
 
     def check_torn(self, offset: int, size: int, damage: Damage | None = None) -> None:
         """Raise Damage unless what stands between is what a crash leaves behind."""
