@@ -180,9 +180,7 @@ class LogFile(LogView):
 
         The commit is done without it, so a failure is only logged; then the next commit writes it.
         """
-        image = self.image
-        if image is None or self._pending or image.log_end < image.checkpoint_due:
-            return
+        image = self.current
         self._pending.append(image.checkpoint(self.flushed, image.log_end))
         try:
             self.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -54,13 +55,14 @@ class FileStorage(StateStorage):
         file_system: FileSystem | None = None,
         **options: Any,
     ) -> None:
+        path = _folder_path(storage_dir)
         one_of("layout", layout, ("log", "document"))
         one_of("fsync", fsync, ("always", "everysec", "no"))
         if not isinstance(exclusive, bool):
             raise StateConfigError(f"exclusive must be true or false, got {exclusive!r}")
         positive_integer("cache_bytes", cache_bytes)
         super().__init__(**options)
-        self._folder = Folder(_folder_path(storage_dir), file_system or FileSystem(), self.tally)
+        self._folder = Folder(path, file_system or FileSystem(), self.tally)
         self._access = access = Access(self._folder, exclusive=exclusive)
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
@@ -159,6 +161,13 @@ def _folder_path(storage_dir: str | os.PathLike[str]) -> str:
     path: Any = os.fspath(storage_dir)
     if not isinstance(path, str) or not path or "\0" in path:
         raise StateConfigError(f"storage_dir must be the path of a folder, got {storage_dir!r}")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        coding = sys.getfilesystemencoding()
+        raise StateConfigError(
+            f"storage_dir {path!r} cannot be written in {coding}, the encoding of this locale"
+        ) from error
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise StateConfigError(
