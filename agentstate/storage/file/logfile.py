@@ -76,7 +76,7 @@ class LogFile(LogView):
     # --- writing to the end
 
     def ready(self) -> LogImage:
-        """Like `refresh`, for the holder of the lock who is about to write: also repairs what crashes left undone."""
+        """`refresh`, before a write and with the lock held: also repairs what crashes left undone."""
         image = self.image if self.trusted else None  # which is what `refresh` would return
         if image is None:
             image = self.refresh()
@@ -93,7 +93,7 @@ class LogFile(LogView):
         return image
 
     def _check_names(self, image: LogImage) -> None:
-        """See that there is no document beside the log."""
+        """Check that there is no document beside the log."""
         names = self.folder.names
         try:
             if self.left.is_there(self.adopted):
@@ -119,7 +119,7 @@ class LogFile(LogView):
             raise self._unavailable(error, "cut the torn end of") from error
 
     def commit(self, commit: Commit, now: int, ttl: float | None, lease: str | None, lazily: bool) -> Answer:
-        """Resolve a commit and take it in; `write` must follow. Raises what `resolve` raises, and LookAgain."""
+        """Resolve a commit and apply it to the image; `write` must follow. Raises as `resolve` does, and LookAgain."""
         image = self.current
         flushed = self.flushed if lazily else self._begun(image) if self._pending else None
         expired = image.expires is not None and image.expires <= now and image.exists
@@ -159,7 +159,7 @@ class LogFile(LogView):
         return StateSerializationError(str(reason), context_id=self.context_id)
 
     def _begun(self, image: LogImage) -> int:
-        """Where the write begins that is to follow."""
+        """The offset at which the next write begins."""
         return image.log_end - sum(map(len, self._pending))
 
     def _take(self, image: LogImage, lines: bytes, lazily: bool) -> None:
@@ -188,7 +188,7 @@ class LogFile(LogView):
             _logger.warning("%s: a checkpoint could not be written: %s", self.path, failure.error)
 
     def write(self) -> int:
-        """Append what was taken in, and say how many bytes. Raises WriteFailed, StateOutcomeUnknownError."""
+        """Append the pending lines, and return their size. Raises WriteFailed, StateOutcomeUnknownError."""
         pending = self._pending
         if not pending:
             return 0
@@ -226,10 +226,12 @@ class LogFile(LogView):
             raise self.unknown(self._unavailable(error, "look at")) from error
         if self.size != image.log_end:
             self.forget()
-            raise self.unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
+            raise self.unknown(
+                f"another process wrote to {self.path} at the same time (locks do not work on this file system)"
+            )
 
     def _appending(self, image: LogImage) -> int:
-        """The file, open for appending; made if there is none. Raises OSError."""
+        """The descriptor, open for appending; the file is created if there is none. Raises OSError."""
         reader = self.reader
         if self.identity is None:
             self.entry = self.folder.syncs_begun
@@ -239,11 +241,11 @@ class LogFile(LogView):
         elif reader.fd < 0 and not self._reopen(image):
             raise FileNotFoundError(2, "it was replaced while its lock was held")
         if not reader.writable:
-            reader.open_for_appending()  # its mode may have been changed since; else this fails, with the reason
+            reader.open_for_appending()  # its mode may have been changed since; otherwise this raises the reason
         return reader.fd
 
     def _take_back(self, written: int, offset: int) -> int:
-        """After a failed write: leave no part of a commit. Says where complete ones, which readers may know, end."""
+        """Cut off what a failed write left of a commit. Returns where the complete ones end, which readers may know."""
         fs, fd = self.folder.fs, self.reader.fd
         complete = max(end for end in accumulate(map(len, self._pending), initial=0) if end <= written)
         try:
@@ -253,14 +255,14 @@ class LogFile(LogView):
                 fs.truncate(fd, offset + complete)
         except OSError as error:
             _logger.warning(
-                "%s: what a failed write left could not be cut off, the next writer will: %s", self.path, error
+                "%s: the rest of a failed write could not be cut off; the next writer cuts it: %s", self.path, error
             )
         return offset + complete
 
     # --- flushing
 
     def is_flushed(self) -> bool:
-        """Whether everything is known to be on disk. (Nobody knows that of what others wrote.)"""
+        """Whether everything is known to be on disk. (What other processes wrote is not known to be.)"""
         return self.identity is None or (self.synced == self.current.log_end and self.folder.syncs_done > self.entry)
 
     def flush(self) -> None:
@@ -271,7 +273,7 @@ class LogFile(LogView):
             raise self.flush_failed(error) from error
 
     def flush_lazily(self) -> None:
-        """For one who does not hold the file's lock. Raises StateError; then the next writer heals the file."""
+        """`flush` without the file's lock. Raises StateError; then the next writer rewrites the file."""
         try:
             self.refresh()
             if self.identity is not None:
@@ -293,30 +295,32 @@ class LogFile(LogView):
             folder.sync()
 
     def note_flushed(self) -> None:
-        """Everything that was written is on disk."""
+        """Note that everything that was written is on disk."""
         self.synced = self.flushed = self.current.log_end
 
     def flush_failed(self, error: OSError) -> StateOutcomeUnknownError:
-        """Believe nothing that was not flushed: mark the file for all, and write it again. Returns what to raise."""
+        """Mark the file for all processes, and rewrite it: nothing unflushed can be trusted. Returns what to raise."""
         reason = self._unavailable(error, "flush")
         try:
             self._mark_suspect()
             self._write_again()
         except StateError as again:
-            _logger.warning("%s: its flush failed, and it could not be written again yet: %s", self.path, again)
+            _logger.warning("%s: its flush failed, and it could not be rewritten yet: %s", self.path, again)
         self.forget()
         return self.unknown(reason)
 
     def _mark_suspect(self) -> None:
-        """Tell all who are to write to the file that what it shows may not be on disk."""
+        """Mark the file for all writers: what it shows may not be on disk."""
         self.suspect = True
         try:
             self.folder.fs.change_mode(self.path, FILE_MODE | SUSPECT)
         except OSError as error:
-            _logger.warning("%s: its flush failed, and other processes could not be told: %s", self.path, error)
+            _logger.warning(
+                "%s: its flush failed, and it could not be marked for other processes: %s", self.path, error
+            )
 
     def _write_again(self) -> None:
-        """Write the intact content of the file to a new one that takes its place. Raises StateError."""
+        """Replace the file by a new one with its intact content. Raises StateError."""
         image = self.current
         try:
             if self.reader.fd < 0:
@@ -328,12 +332,12 @@ class LogFile(LogView):
         except OSError as error:
             if isinstance(error, StateError):
                 raise
-            raise self._unavailable(error, "write again") from error
+            raise self._unavailable(error, "rewrite") from error
 
     # --- writing as a whole
 
     def _begin_anew(self, effects: Effects, now: int, *, flush: bool) -> None:
-        """Replace the file by one that holds nothing of what was before, but the commit ids.
+        """Replace the file by one without what was before, except for the commit ids.
 
         Without `flush`, a power cut may leave an empty file, which is no context.
         """
@@ -377,7 +381,7 @@ class LogFile(LogView):
         return lines
 
     def _clean_up(self, absent: LogImage, now: int, *, flush: bool) -> None:
-        """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""
+        """Remove what is left of an absent context, except for commit ids that must still be remembered."""
         if (absent.forget or 0) <= now:
             self._remove()
         elif self.current.exists:
@@ -396,21 +400,21 @@ class LogFile(LogView):
             self.forget()
 
     def _adopt(self, image: LogImage) -> LogImage:
-        """Make a log of the document: it gets its name in one step, and only then the document loses its."""
+        """Convert the document to a log: the log gets its name atomically, and then the document is renamed."""
         messages, start = image.recent, image.start
         self.replace_with(image, self.document, lambda first, stop: messages[first - start : stop - start])
         self.left.put_away()
         return self._load()
 
     def _finish_adoption(self, image: LogImage) -> None:
-        """Do what a crash in the middle of it prevented."""
+        """Finish a conversion that a crash interrupted."""
         if image.exists:
             self.left.put_away()
         else:
             self.left.remove()
 
     def rewrite(self) -> None:
-        """Write the file as a whole, without what is superseded. Raises StateError."""
+        """Rewrite the file without superseded data. Raises StateError."""
         image = self.current
         try:
             if self.reader.fd < 0 and not self._reopen(image):
@@ -420,7 +424,7 @@ class LogFile(LogView):
         self.replace_with(image, self.adopted, partial(self.reader.messages, image))
 
     def replace_with(self, image: LogImage, adopted: list[Any] | None, read: Any) -> None:
-        """Put a log that says what `image` does in the place of this one. `read` gives the messages."""
+        """Replace the file by a new log of `image`. `read` returns its messages."""
         try:
             self._replace(whole_log(self.context_id, image, adopted, read), None)
         except Damage as damage:
@@ -458,16 +462,16 @@ class LogFile(LogView):
     # --- errors
 
     def unknown(self, reason: object) -> StateOutcomeUnknownError:
-        """What to raise from `reason`, where a commit may be stored for good or not."""
+        """What to raise from `reason` where it is not known whether a commit is stored durably."""
         return StateOutcomeUnknownError(
-            f"{str(reason).removesuffix('; nothing was done')}: whether it is stored for good is not known; "
+            f"{str(reason).removesuffix('; nothing was done')}: whether it is stored durably is not known; "
             "the same call again with the same commit_id is applied at most once",
             context_id=self.context_id,
         )
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines joined to pieces worth a write."""
+    """Lines joined into large writes."""
     gathered: list[bytes] = []
     size = 0
     for line in lines:

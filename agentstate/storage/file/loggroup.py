@@ -310,7 +310,7 @@ def _outcome_of(function: Callable[[Any], Outcome], operation: Any) -> Outcome |
 
 
 def _for_operation(error: StateError, operation: Operation) -> StateError:
-    """An error that operations share, as that of one of them: each is raised in a place of its own."""
+    """A copy of a shared error for one operation: each is raised separately, with its own traceback."""
     own = copy.copy(error)
     own.__cause__ = error.__cause__
     own.context_id = getattr(operation, "context_id", None)
@@ -320,7 +320,7 @@ def _for_operation(error: StateError, operation: Operation) -> StateError:
 
 
 def _make_unknown(unit: _Unit, error: StateError) -> None:
-    """A flush failed: whether any of the commits is stored for good is not known."""
+    """A flush failed: whether any of the commits is stored durably is not known."""
     for number, operation in enumerate(unit.operations):
         if isinstance(operation, Commit) and not isinstance(unit.outcomes[number], StateError):
             unit.outcomes[number] = _for_operation(error, operation)
