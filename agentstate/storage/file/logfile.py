@@ -120,7 +120,8 @@ class LogFile(LogView):
 
     def commit(self, commit: Commit, now: int, ttl: float | None, lease: str | None, lazily: bool) -> Answer:
         """Resolve a commit and apply it to the image; `write` must follow. Raises as `resolve` does, and LookAgain."""
-        image = self.current
+        image = self.image
+        assert image is not None
         flushed = self.flushed if lazily else self._begun(image) if self._pending else None
         expired = image.expires is not None and image.expires <= now and image.exists
         if not expired and not commit.answer and only_adds(commit, image):
@@ -166,9 +167,9 @@ class LogFile(LogView):
         """Have what one commit adds to the log written; and a checkpoint, where one is due."""
         self._pending.append(lines)
         self.line_end = end = image.log_end
-        if lines.startswith(LARGE):
-            return
         if lines.find(b"\n") != len(lines) - 1:
+            if lines.startswith(LARGE):
+                return
             raise self._unwritable("a stored value holds a line break")
         # A checkpoint vouches for all that is written with it. After a large commit, see `add_checkpoint`.
         if end >= image.checkpoint_due and not any(part.startswith(LARGE) for part in self._pending):
