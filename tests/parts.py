@@ -65,7 +65,7 @@ ONE_PYTHON: Final = (
     "test_benchmarks.py",
     "test_config",
     "test_distribution.py",
-    "test_document.py",
+    "test_document",
     "test_file_processes.py",
     "test_layout.py",
     "test_telemetry.py",

@@ -188,6 +188,24 @@ def test_the_file_system_is_recognised(tmp_path: Path) -> None:
     assert _file_system_of(str(tmp_path))
 
 
+def test_the_file_system_of_a_folder_is_found_by_its_mount_point_whatever_bytes_its_name_has() -> None:
+    from agentstate.cli.doctor_file import _type_at
+
+    mounts = (
+        b"25 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+        b"40 25 0:33 / /mnt/\xc3\xa4\xc3\xb6 rw - tmpfs tmpfs rw,size=1024k\n"
+        b"41 25 0:34 / /mnt/two\\040words\\134 rw shared:7 - xfs /dev/vdb rw\n"
+        b"42 25 0:35 / /mnt/\xff rw - btrfs /dev/vdc rw\n"
+        b"a line of another kind\n"
+    )
+    assert _type_at(mounts, "/mnt/äö/states".encode()) == "tmpfs"
+    assert _type_at(mounts, "/mnt/äö".encode()) == "tmpfs"
+    assert _type_at(mounts, "/mnt/äöü".encode()) == "ext4"
+    assert _type_at(mounts, b"/mnt/two words\\/states") == "xfs"
+    assert _type_at(mounts, b"/mnt/\xff/states") == "btrfs"
+    assert _type_at(b"", b"/mnt") == ""
+
+
 @LOCAL
 def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)

@@ -48,7 +48,7 @@ MUTATIONS: Final = {
         3_000,
     ),
     "an error is read as absent": Mutation(
-        "storage/file/logfile.py",
+        "storage/file/logview.py",
         "        except FileNotFoundError:\n            self.image = self._load_document()",
         "        except OSError:\n            self.image = self._load_document()",
         "system-errors",
@@ -84,10 +84,8 @@ MUTATIONS: Final = {
     ),
     "a deadline is overlooked": Mutation(
         "storage/file/locks.py",
-        "            if time.monotonic() + pause >= deadline:\n                raise _timeout(self.path, context_id)\n"
-        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
-        "            if time.monotonic() - 3.0 >= deadline:\n                raise _timeout(self.path, context_id)\n"
-        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
+        "            if time.monotonic() + pause >= deadline:\n                raise self._timeout(context_id)\n",
+        "            if time.monotonic() - 3.0 >= deadline:\n                raise self._timeout(context_id)\n",
         "locks",
         5,
     ),
@@ -138,9 +136,9 @@ MUTATIONS: Final = {
         4_000,
     ),
     "an exclusive store finishes no adoption": Mutation(
-        "storage/file/logfile.py",
-        "self.left_beside = self.left.is_there(self.adopted)",
-        "self.left_beside = self.left.is_there(self.adopted) and not self.trusted",
+        "storage/file/logview.py",
+        "self.left_beside = self.left.is_there(adopted)",
+        "self.left_beside = self.left.is_there(adopted) and not self.trusted",
         "power",
         4_000,
     ),
