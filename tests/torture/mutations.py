@@ -112,7 +112,7 @@ MUTATIONS: Final = {
         200,
     ),
     "a late copy is taken for the first": Mutation(
-        "storage/valkey/script.lua", " and (stored[7] or '~') < now_text", "", "cuts", 200
+        "storage/valkey/script.lua", " or now <= guard\n", "\n", "cuts", 200
     ),
     "an update is not compared": Mutation(
         "storage/valkey/script.lua",
@@ -123,7 +123,7 @@ MUTATIONS: Final = {
     ),
     "an unknown outcome is called not done": Mutation(
         "storage/valkey/execution.py",
-        "        if index in self.unknown:\n            return self._unknown(index, problem)\n",
+        "        if index in self._unknown:\n            return self._outcome_unknown(index, problem)\n",
         "",
         "cuts",
         300,
