@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
@@ -23,7 +22,7 @@ CHECKS: Final = {
     "rules": ("ruff", "check"),
     "format": ("ruff", "format", "--check"),
     "types": ("mypy",),
-    "pages": ("mkdocs", "build"),
+    "pages": ("mkdocs", "build", "--site-dir", "build/pages"),
 }
 
 PARTS: Final = {
@@ -88,7 +87,6 @@ class Running(NamedTuple):
     name: str
     process: subprocess.Popen[bytes]
     output: IO[bytes]
-    begin: float
 
 
 def start(name: str, *command: str, **variables: str) -> Running:
@@ -101,7 +99,7 @@ def start(name: str, *command: str, **variables: str) -> Running:
         stderr=subprocess.STDOUT,
         env={**os.environ, **variables},
     )
-    return Running(name, process, output, time.monotonic())
+    return Running(name, process, output)
 
 
 def start_tests(part: str) -> Running:
@@ -120,8 +118,7 @@ def finish(running: Running) -> bool:
     with running.output:
         running.output.seek(0)
         text = running.output.read().decode(errors="replace")
-    seconds = time.monotonic() - running.begin
-    print(f"--- {running.name}: {'ok' if code == 0 else f'exit code {code}'} after {seconds:.0f} s\n{text}", flush=True)
+    print(f"--- {running.name}: {'ok' if code == 0 else f'exit code {code}'}\n{text}", flush=True)
     return code == 0
 
 
