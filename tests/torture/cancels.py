@@ -238,15 +238,15 @@ def _let_it_write(place: str, way: str, random: Random, figures: Figures) -> lis
     return [json.loads(line) for line in lines if line.endswith(b"]")]
 
 
-def _compare(storage: StateStorage, told: list[list[Any]], way: str, figures: Figures) -> None:
+def _compare(storage: StateStorage, reported: list[list[Any]], way: str, figures: Figures) -> None:
     with SyncConversationContext(storage) as context:
         history = context.get_history("alice")
         context.add_to_history("alice", "after", 1)
-    figures.calls += sum(what == "done" for what, _, _ in told)
-    for writer in {writer for _, writer, _ in told}:
+    figures.calls += sum(what == "done" for what, _, _ in reported)
+    for writer in {writer for _, writer, _ in reported}:
         stored = [message["content"] for message in history if message["role"] == f"w{writer}"]
-        done = sum(line[:2] == ["done", writer] for line in told)
-        begun = sum(line[:2] == ["begun", writer] for line in told)
+        done = sum(line[:2] == ["done", writer] for line in reported)
+        begun = sum(line[:2] == ["begun", writer] for line in reported)
         when = f"exit by {way}, writer {writer}: {len(stored)} stored, {done} acknowledged, {begun} begun"
         if len(stored) < done:
             figures.lose(when)
@@ -254,7 +254,14 @@ def _compare(storage: StateStorage, told: list[list[Any]], way: str, figures: Fi
             figures.double(when)
 
 
-_KINDS: Final = ("raises", "is told unknown", "loses its store", "generates", "awaits and raises", "is cancelled")
+_KINDS: Final = (
+    "raises",
+    "gets an unknown outcome",
+    "loses its store",
+    "generates",
+    "awaits and raises",
+    "is cancelled",
+)
 
 
 def handlers(random: Random, rounds: int, figures: Figures) -> None:
@@ -274,7 +281,7 @@ def handlers(random: Random, rounds: int, figures: Figures) -> None:
             except (ArithmeticError, asyncio.CancelledError, StateError):
                 pass
             else:
-                figures.fail_silently(f"nobody heard of the error of a handler that {kind}")
+                figures.fail_silently(f"the error was lost of a handler that {kind}")
             figures.took(time.monotonic() - begin, 5.0, f"a handler that {kind}")
             if len(calls) != 1:
                 figures.double(f"a handler that {kind} was called {len(calls)} times ({options})")
@@ -300,7 +307,7 @@ def _run_handler(kind: str, states: Path, options: dict[str, Any], task: Any, ca
             context.add_to_history(context_id, "user", "before")
             if kind == "raises":
                 raise ArithmeticError
-            if kind == "is told unknown":
+            if kind == "gets an unknown outcome":
                 # A store that fails under way is no reason to run the handler again.
                 raise StateOutcomeUnknownError("sent, but not confirmed", context_id=context_id, commit_id="x")
             states.rename(states.with_name("lost-" + states.name))

@@ -31,7 +31,7 @@ class _Written:
         fsync: str = "",
         layout: str = "log",
         name: str = "alice",
-        telling: bool = False,
+        appending: bool = False,
     ) -> None:
         self.random = random
         self.folder = folder
@@ -45,9 +45,9 @@ class _Written:
         model = Model()
         made = 0
         while made < steps or len(self.after) < 2:
-            # (Of a last line that says nothing new, nobody could tell that it is gone.)
+            # (The loss of a last line that changes nothing could not be noticed.)
             last = made == steps - 1
-            step = Step("add_to_history", ("user", supply.content())) if last and telling else next(supply)
+            step = Step("add_to_history", ("user", supply.content())) if last and appending else next(supply)
             perform(context, name, step)
             before = set(model.history)
             model = model.after(step)[0]
@@ -77,7 +77,7 @@ class _Written:
 
 
 def torn_ends(random: Random, rounds: int, figures: Figures) -> None:
-    """The file cut at every byte of its last record: what was acknowledged before is there, and life goes on."""
+    """The file cut at every byte of its last record: what was acknowledged before is there, and can be written to."""
     with scratch() as folder:
         number = 0
         while figures.faults < rounds:
@@ -136,7 +136,7 @@ def flipped_bits(random: Random, rounds: int, figures: Figures) -> None:
         while figures.faults < rounds:
             number += 1
             large = number % 3 == 0
-            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large, telling=True)
+            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large, appending=True)
             bits = range(8 * len(written.data))
             chosen = list(bits) if not large and len(bits) <= rounds else random.sample(bits, min(len(bits), 2000))
             newlines = [8 * index + bit for index, byte in enumerate(written.data) if byte == 10 for bit in range(8)]

@@ -126,7 +126,7 @@ _FILLERS: Final = (0, 1, 20, 300, 5_000)
 
 
 class Steps:
-    """An endless supply of random steps. Contents are unique, so that what is doubled can be told."""
+    """An endless supply of random steps. Contents are unique, so that duplicates are noticed."""
 
     def __init__(self, random: Random, label: str = "", *, clears: bool = True, large: bool = True) -> None:
         self._random = random

@@ -198,7 +198,7 @@ class _Loader(SourceFileLoader):
         return data
 
     def get_code(self, fullname: str) -> Any:
-        # Past the cache of compiled modules, in which there is no bug.
+        # Not from the cache of compiled modules, which does not have the bug.
         return self.source_to_code(self.get_data(self.path), self.path)
 
 

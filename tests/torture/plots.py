@@ -45,7 +45,7 @@ class Plot:
         self.model = Model()
         self.files: dict[str, bytes] = {}
         self.keeps: bytes | None = None
-        """What must not disappear: somebody else's document, or what could not be understood."""
+        """What must not disappear: a document of another program, or what could not be read."""
         supply = Steps(random, large=random.random() < 0.5, clears=self.kind != "repaired")
         if self.kind == "rewritten":
             self.steps = [Step("set_variable", ("a", supply.content() + "x" * 30_000)) for _ in range(steps)]
@@ -127,7 +127,7 @@ class Plot:
     def goes_on(
         self, states: Path, possible: list[Model], figures: Figures, when: str, *, repaired: bool = True
     ) -> Witness:
-        """After the fault: what is there is one of `possible`, the next writer goes on from it, nothing is damaged.
+        """After the fault: what is there is one of `possible`, the next writer continues from it, nothing is damaged.
 
         Without `repaired`, it may still be as damaged as it was.
         """

@@ -69,7 +69,7 @@ class Failing:
             return call(*arguments)
         self.failed += 1
         if self.shortly and name == "write" and not self._full:
-            self._full = True  # until somebody frees space: the rest of this write finds none
+            self._full = True  # until space is freed: the rest of this write finds none
             descriptor, data = arguments
             return call(descriptor, data[: len(data) // 2]) if len(data) > 1 else call(descriptor, data)
         self._full = self._full and self._for_good
@@ -107,7 +107,7 @@ class Disk:
         self._durable = dict(self._live)
 
     def _around(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Carry out a call; tell the watch, before and after, what could be cut here."""
+        """Carry out a call; before and after it, report to `around` what could be cut here."""
         if name == "open":
             return self._opened(call, arguments)
         if name not in CHANGING:

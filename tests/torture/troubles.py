@@ -25,7 +25,7 @@ Once = Callable[[Path, Plot, int, Random, Figures], bool]
 
 
 def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, layout: str) -> None:
-    """Plots, each again and again, in which the nth call of the system goes wrong, for every n."""
+    """Plots, each repeated, in which the nth system call fails, for every n."""
     with scratch() as folder:
         for number in numbers(random):
             if figures.faults >= rounds:
@@ -67,7 +67,7 @@ def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: 
             if error is not None:
                 break  # what is to be written to a damaged file?
             repaired = True
-        if not plot.options.get("exclusive") and random.random() < 0.3:  # somebody who has not read the file yet
+        if not plot.options.get("exclusive") and random.random() < 0.3:  # a reader that has not read the file yet
             with plot.open(states, file_system=seam) as reader:
                 witness.look(reader, f"for the first time, {while_}")
         witness.look(context, while_)
@@ -118,18 +118,18 @@ def _killed(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures
         finally:
             os._exit(0)
     os.close(write)
-    told = b""
+    reported = b""
     while data := os.read(read, 1000):
-        told += data
+        reported += data
     os.close(read)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status):
         if status:
             figures.fail_silently(f"a writer ended by itself, with {status}: {plot}")
         return False
-    possible, repaired = _replayed(plot, told.decode())
-    figures.calls += len(told)
-    figures.unknown += told.count(_UNKNOWN)
+    possible, repaired = _replayed(plot, reported.decode())
+    figures.calls += len(reported)
+    figures.unknown += reported.count(_UNKNOWN)
     plot.goes_on(states, possible, figures, f"killed {where} call {nth} of {plot}", repaired=repaired)
     return True
 
@@ -155,28 +155,28 @@ class _Killer:
 
 
 def _run_until_killed(plot: Plot, states: Path, killer: _Killer, pipe: int) -> None:
-    """Make the calls, and tell how each ended."""
+    """Make the calls, and report how each ended."""
     context = plot.open(states, file_system=Seam(killer.around), deadline=2.0)
     for step in plot.steps:
-        told = _DONE
+        reported = _DONE
         try:
             perform(context, "alice", step)
         except StateOutcomeUnknownError:
-            told = _UNKNOWN
+            reported = _UNKNOWN
         except StateError:
-            told = _NOT_DONE
-        os.write(pipe, told)
-        if step == REPAIR and told != _DONE:
+            reported = _NOT_DONE
+        os.write(pipe, reported)
+        if step == REPAIR and reported != _DONE:
             break
 
 
-def _replayed(plot: Plot, told: str) -> tuple[list[Model], bool]:
+def _replayed(plot: Plot, reported: str) -> tuple[list[Model], bool]:
     """What may be stored after calls that ended like that, and one that was under way; whether there was a repair."""
     possible = [plot.model]
-    for step, ended in zip(plot.steps, f"{told}u", strict=False):
+    for step, ended in zip(plot.steps, f"{reported}u", strict=False):
         after = [model.after(step)[0] for model in possible]
         if ended == "d":
             possible = after
         elif ended == "u":
             possible = distinct([*possible, *after])
-    return possible, plot.steps[0] == REPAIR and told.startswith("d")
+    return possible, plot.steps[0] == REPAIR and reported.startswith("d")
