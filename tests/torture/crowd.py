@@ -67,7 +67,7 @@ def crowd(
 
 
 class _Process:
-    """The threads of one process: writers through both contexts, and a reader that looks for halves."""
+    """The threads of one process: writers through both contexts, and a reader that looks for partial commits."""
 
     def __init__(self, storage: StateStorage, process: int, threads: int, rounds: int) -> None:
         self.storage = storage
@@ -198,7 +198,7 @@ def _judge(
         elif value > kinds[kind]:
             figures.double(f"{variable} is {value} after {kinds[kind]}")
     _judge_messages(state.history, reported, figures)
-    # One order of all increments agrees with their answers and with the clock.
+    # There is one order of all increments that agrees with their answers and with the clock.
     latest = 0.0
     answers = sorted((line for line in reported if line[0] == "increment"), key=lambda line: int(line[5]))
     if [line[5] for line in answers] != list(range(1, len(answers) + 1)):

@@ -74,7 +74,7 @@ class _Writer:
             os.write(pipe, _DONE)
 
     def steps(self) -> Any:
-        """The same in the child and in the parent: steps on the own conversation, and on the common one."""
+        """The same in child and parent: steps on a conversation of its own, and on the common one."""
         random = Random(self.seed)
         own = Steps(random, f"{self.name}-{self.first}-", large=random.random() < 0.5)
         number = 0
@@ -117,7 +117,7 @@ def _common(name: str, first: int, number: int, random: Random) -> Step:
 
 
 class _Round:
-    """Some writers, killed after a while; and then a look at everything."""
+    """Some writers, killed after a while; then everything is checked."""
 
     def __init__(self, make: Callable[..., StateStorage], number: int, random: Random, figures: Figures) -> None:
         self.make = make
@@ -180,7 +180,7 @@ class _Round:
 
 
 def _look_for_debris(folder: Path, when: str, figures: Figures) -> None:
-    """No more than a file and perhaps a half-written successor for each conversation."""
+    """At most a file and an incomplete successor for each conversation."""
     names = [path.name for path in folder.iterdir()]
     strange = [name for name in names if not name.startswith(".") and ".json" not in name]
     spare = [name for name in names if name.endswith(".new")]
@@ -194,7 +194,7 @@ def _same(model: Model, possible: list[Model]) -> bool:
 
 
 def share(state: Any, name: str) -> Model:
-    """What of the common conversation is a writer's."""
+    """The part of the common conversation that a writer wrote."""
     if state is None:
         return Model()
     contents = [message["content"] for message in state.history if message["role"] == name]

@@ -1,5 +1,7 @@
-"""Several processes that repair the same damaged conversation, and write to it at once. To be run in a process of its
-own: it forks."""
+"""Several processes that repair the same damaged conversation and write to it at once.
+
+To be run in a process of its own: it forks.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ _DONE: Final = b"d"
 
 
 def repairs(random: Random, rounds: int, figures: Figures) -> None:
-    """`rounds` damaged logs, each repaired by three processes at once, one of which may be killed while it is at it."""
+    """`rounds` damaged logs, each repaired by three processes at once, one of which may be killed meanwhile."""
     with scratch() as folder:
         for _ in range(rounds):
             figures.faults += 1

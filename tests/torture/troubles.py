@@ -1,4 +1,4 @@
-"""The system refuses, or kills: at every call in turn."""
+"""System calls that fail, and kills, at every call in turn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .seam import ERRORS, Failing, Seam
 from .witness import distinct
 
 Once = Callable[[Path, Plot, int, Random, Figures], bool]
-"""Makes the calls of a plot with a fault at its nth call of the system; false: there were not so many."""
+"""Makes the calls of a plot with a fault at the nth system call; false if there were fewer."""
 
 
 def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, layout: str) -> None:
@@ -43,12 +43,12 @@ def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, la
 
 
 def system_errors(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """Calls of the system fail: once or for good, or a write falls short."""
+    """System calls fail, once or from then on, or a write is short."""
     _at_every_call(_with_an_error, random, rounds, figures, layout)
 
 
 def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures) -> bool:
-    """Some calls with a fault among them; then the system is fine again, and everything is compared."""
+    """Some calls with a fault among them; then no call fails, and everything is compared."""
     shortly = random.random() < 0.3
     failing = Failing(
         errno.ENOSPC if shortly else random.choice(ERRORS), nth, for_good=random.random() < 0.4, shortly=shortly
@@ -65,7 +65,7 @@ def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: 
         error = witness.call(context, step, insist=insist)
         if step == REPAIR:
             if error is not None:
-                break  # what is to be written to a damaged file?
+                break  # nothing can be written to a damaged file
             repaired = True
         if not plot.options.get("exclusive") and random.random() < 0.3:  # a reader that has not read the file yet
             with plot.open(states, file_system=seam) as reader:
@@ -95,7 +95,7 @@ _NOT_DONE: Final = b"n"
 
 
 def kills_at_calls(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """The process gets SIGKILL just before, in the middle of, or just after a call of the system.
+    """The process gets SIGKILL just before, in the middle of, or just after a system call.
 
     Now and then another call has failed before. To be run in a process of its own: it forks.
     """
@@ -135,7 +135,7 @@ def _killed(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures
 
 
 class _Killer:
-    """Kills this process at its nth call of the system."""
+    """Kills this process at its nth system call."""
 
     def __init__(self, nth: int, where: str, failing: Failing | None) -> None:
         self._left = nth
@@ -171,7 +171,7 @@ def _run_until_killed(plot: Plot, states: Path, killer: _Killer, pipe: int) -> N
 
 
 def _replayed(plot: Plot, reported: str) -> tuple[list[Model], bool]:
-    """What may be stored after calls that ended like that, and one that was under way; whether there was a repair."""
+    """What may be stored after calls with these outcomes and one in flight, and whether there was a repair."""
     possible = [plot.model]
     for step, ended in zip(plot.steps, f"{reported}u", strict=False):
         after = [model.after(step)[0] for model in possible]
