@@ -1,4 +1,4 @@
-"""Seeded bugs: small patches of the library, applied while it is imported. The harness has to catch every one."""
+"""Seeded bugs: small patches of the library, applied while it is imported. The scenarios must catch every one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 
 class Mutation(NamedTuple):
-    """In `file` of the package, `old` (which stands there once) becomes `new`; `scenario` has to notice."""
+    """In `file` of the package, `old` (which occurs once) becomes `new`; `scenario` must catch it."""
 
     file: str
     old: str
@@ -168,11 +168,11 @@ MUTATIONS: Final = {
 
 
 class StaleMutationError(Exception):
-    """The library has changed, and the patch no longer applies: write it anew."""
+    """The library has changed, and the patch no longer applies: it must be rewritten."""
 
 
 def plant(mutation: Mutation) -> None:
-    """Have the library imported with this bug. Nothing of it may have been imported yet."""
+    """Import the library with this bug. No module of it may have been imported before."""
     spec = importlib.util.find_spec("agentstate")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -196,7 +196,7 @@ class _Loader(SourceFileLoader):
         return data
 
     def get_code(self, fullname: str) -> Any:
-        # Past the cache of compiled modules, in which there is no bug.
+        # Not from the cache of compiled modules, which does not have the bug.
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
@@ -222,7 +222,7 @@ class _Finder(MetaPathFinder):
 
 
 def how_caught(name: str, seed: int) -> str:
-    """In which way the mutation's scenario notices it; empty: it does not."""
+    """How the mutation's scenario catches it; empty if it does not."""
     from .scenarios import run_apart
 
     mutation = MUTATIONS[name]
@@ -239,7 +239,7 @@ def how_caught(name: str, seed: int) -> str:
 
 
 def prove(seed: int) -> Iterator[tuple[str, str]]:
-    """How each mutation is caught. Without a bug, the same runs have to see nothing, or they prove nothing."""
+    """How each mutation is caught. The same runs without a bug must be clean, or they prove nothing."""
     from .scenarios import run_apart
 
     needed: dict[str, int] = {}
