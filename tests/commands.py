@@ -1,4 +1,4 @@
-"""Runs the command `agentstate` as a process of its own, in a pipe or on a terminal."""
+"""Runs the command `agentstate` in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMAND = (sys.executable, "-m", "agentstate")
 
 
 class Ran(NamedTuple):
-    """What a command left."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -50,7 +50,7 @@ class Ran(NamedTuple):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a command: this one's, without what would choose a configuration or colours."""
+    """The environment of this process, without variables that choose a configuration or colours."""
     names = ("AGENTSTATE_CONFIG", "VALKEY_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     path = os.pathsep.join(filter(None, (_PACKAGE, os.environ.get("PYTHONPATH"))))
@@ -58,7 +58,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def unmeasured() -> dict[str, str]:
-    """The environment of a command whose coverage cannot be written down: it has no space for it."""
+    """The same for a command that has no space to write its coverage to."""
     return {name: value for name, value in environment().items() if not name.startswith("COVERAGE_PROCESS")}
 
 
@@ -79,7 +79,7 @@ def run(*arguments: str | Path, cwd: Path, stdin: str | bytes = b"", timeout: fl
 
 @cache
 def _zygote() -> socket.socket:
-    """Where to ask for forked commands."""
+    """The socket on which forked commands are requested."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     script = Path(__file__).with_name("zygote.py")
     with theirs:
@@ -121,7 +121,7 @@ def _forked(arguments: list[str], cwd: Path, stdin: bytes, timeout: float) -> Ra
 
 @contextmanager
 def started(*arguments: str | Path, cwd: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs while the block does, and is ended with it if it still does then."""
+    """A command that runs during the block, and is terminated at its end if it still runs."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), text=True, encoding="utf-8", **pipes | options
@@ -139,7 +139,7 @@ def started(*arguments: str | Path, cwd: Path, **options: Any) -> Iterator[subpr
 
 
 def assert_one_line(ran: Ran, code: int, *words: str) -> None:
-    """The command failed as it should: with this code, and one line that says so."""
+    """Assert that the command failed with this code and one line on stderr."""
     assert ran.code == code, ran
     lines = ran.err.splitlines()
     assert len(lines) == 1, ran.err
@@ -149,7 +149,7 @@ def assert_one_line(ran: Ran, code: int, *words: str) -> None:
 
 
 def plain(text: str) -> str:
-    """What a terminal shows of a text, as far as it is letters."""
+    """The text without the escape sequences of a terminal."""
     return _ESCAPES.sub("", text)
 
 

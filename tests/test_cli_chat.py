@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import assert_one_line, run
+from commands import assert_one_line, run, started
 
 from agentstate.cli import exits
 from agentstate.cli.chat import Task
@@ -48,6 +48,13 @@ def silent(task):
 
 def failing(task):
     raise ZeroDivisionError("by zero")
+
+def offline(task):
+    raise ConnectionResetError(104, "the model is away")
+
+def offline_pieces(task):
+    yield "one "
+    raise BrokenPipeError(32, "the model is away")
 
 def leaving(task):
     raise SystemExit(9)
@@ -110,12 +117,12 @@ def test_each_line_of_a_pipe_is_a_message(here: Path) -> None:
     assert [message["content"] for message in history] == ["one", "two", "three"]
 
 
-def test_a_user_can_be_named(here: Path) -> None:
+def test_the_task_has_the_user(here: Path) -> None:
     assert run("chat", "agent.handlers:private", "hi", "--user", "alice", cwd=here).out == "alice\n"
     assert_one_line(run("chat", "agent.handlers:private", "hi", "--user", "bob", cwd=here), exits.REFUSED, "terminal")
 
 
-def test_the_configuration_is_the_handlers(here: Path) -> None:
+def test_the_handler_uses_the_configuration_file(here: Path) -> None:
     (here / "x.yaml").write_text("state:\n  backend: file\n  storage_dir: elsewhere\n")
     assert run("chat", "agent.handlers:blocking", "hi", "--config", "x.yaml", cwd=here).code == 0
     assert (here / "elsewhere").is_dir()
@@ -126,6 +133,7 @@ def test_the_configuration_is_the_handlers(here: Path) -> None:
     ("handler", "code", "words"),
     [
         ("agent.handlers:failing", exits.PROBLEM, ["ZeroDivisionError", "by zero"]),
+        ("agent.handlers:offline", exits.PROBLEM, ["the handler failed: ConnectionResetError", "the model is away"]),
         ("agent.handlers:blockin", exits.NOT_FOUND, ["blocking"]),
         ("agent.handlers:number", exits.USAGE, ["number"]),
         ("agent.handlrs:blocking", exits.NOT_FOUND, ["agent.handlrs"]),
@@ -141,6 +149,24 @@ def test_a_bad_handler_is_one_line(here: Path, handler: str, code: int, words: l
     assert_one_line(run("chat", handler, "hello", cwd=here), code, *words)
 
 
+def test_an_error_of_the_system_in_a_handler_is_no_error_of_the_output(here: Path) -> None:
+    ran = run("chat", "agent.handlers:offline_pieces", "hello", cwd=here)
+    assert (ran.code, ran.out) == (exits.PROBLEM, "one ")
+    assert ran.err == "agentstate: the handler failed: BrokenPipeError: [Errno 32] the model is away\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("handler", ["plain", "pieces", "async_pieces"])
+def test_an_answer_that_cannot_be_printed_is_an_error_of_the_output(here: Path, handler: str) -> None:
+    with (
+        open("/dev/full", "wb") as full,
+        started("chat", f"agent.handlers:{handler}", "hello", cwd=here, stdout=full) as process,
+    ):
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == exits.PROBLEM
+    assert err == "agentstate: cannot write the output: No space left on device\n"
+
+
 def test_a_traceback_is_shown_when_asked_for(here: Path) -> None:
     ran = run("chat", "agent.handlers:failing", "hello", "--traceback", cwd=here)
     assert ran.code == exits.PROBLEM
@@ -148,7 +174,7 @@ def test_a_traceback_is_shown_when_asked_for(here: Path) -> None:
     assert "in failing" in ran.err
 
 
-def test_bytes_that_are_no_text_do_not_end_the_conversation(here: Path) -> None:
+def test_bytes_that_are_not_text_do_not_end_the_conversation(here: Path) -> None:
     ran = run("chat", "agent.handlers:blocking", cwd=here, stdin=b"caf\xe9\nok\n")
     assert (ran.code, ran.out) == (0, "1 in terminal\n2 in terminal\n")
 
@@ -169,11 +195,11 @@ def test_a_task_is_an_object_and_a_mapping() -> None:
         task["text"]
 
 
-def test_an_error_of_ours_in_a_module_is_told_as_it_is(here: Path) -> None:
+def test_an_error_of_agentstate_in_a_module_is_printed_unchanged(here: Path) -> None:
     (here / "wrong.py").write_text("from agentstate import FileStorage\nFileStorage(fsync='often')\n")
     assert_one_line(run("chat", "wrong.py:bot", "hello", cwd=here), exits.USAGE, "fsync must be one of")
 
 
-def test_a_file_that_is_no_python_is_told_so(here: Path) -> None:
+def test_a_file_that_is_not_python_is_an_error(here: Path) -> None:
     (here / "bot.txt").write_text("bot = print")
     assert_one_line(run("chat", "./bot.txt:bot", "hello", cwd=here), exits.USAGE, "not a Python file")

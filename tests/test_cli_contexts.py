@@ -141,7 +141,7 @@ def test_the_last_messages_are_shown_alone(store: Store) -> None:
     assert [word in whole for word in ("message 0.", "message 99.", "message 100.", "message 249.")] == [True] * 4
 
 
-def test_nobody_is_shown_as_such(files: Store) -> None:
+def test_an_unknown_conversation_is_an_error(files: Store) -> None:
     for options in ([], ["--json"]):
         assert_one_line(files.run("show", "nobody", *options), exits.NOT_FOUND, "nobody")
 
@@ -162,6 +162,20 @@ def test_follow_prints_what_other_processes_add(store: Store) -> None:
         assert "removed from the end" in process.stderr.readline()
         store.context.add_to_history("a", "user", "after")
         assert json.loads(process.stdout.readline())["content"] == "after"
+
+
+def test_clear_says_what_it_cleared_before_it_failed(files: Store) -> None:
+    for name in ("a", "b", "c"):
+        files.context.set_variable(name, "x", 1)
+    (files.folder / "conversation_states" / "b.jsonl").unlink()
+    (files.folder / "conversation_states" / "b.jsonl").mkdir()
+    ran = files.run("clear", "--yes", "a", "b", "c")
+    assert ran.code == exits.CORRUPTED
+    lines = ran.err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "Cleared 'a'."
+    assert "b.jsonl" in lines[1]
+    assert files.context.exists("c")
 
 
 def test_the_last_messages_are_no_more_than_asked_for_while_more_are_written(store: Store) -> None:
@@ -208,7 +222,7 @@ def test_follow_begins_with_the_last_messages(files: Store) -> None:
 # --- list -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_has_an_order(files: Store) -> None:
+def test_a_list_is_sorted(files: Store) -> None:
     for number, name in enumerate(["b", "c", "a"]):
         put(files, name, updated=1_700_000_000_000_000 + number * HOUR, created=1_600_000_000_000_000 - number * HOUR)
     files.context.extend_history("x", [{"role": "user", "content": 1}] * 3)
@@ -271,7 +285,7 @@ def test_an_expiry_is_shown(files: Store) -> None:
 # --- show -----------------------------------------------------------------------------------------------------------
 
 
-def test_contents_that_are_no_text_are_readable(files: Store) -> None:
+def test_contents_other_than_text_are_readable(files: Store) -> None:
     parts = [
         {"kind": "text", "text": "from a part"},
         {"root": {"kind": "text", "text": "from a root"}},
@@ -287,7 +301,7 @@ def test_contents_that_are_no_text_are_readable(files: Store) -> None:
         assert words in out
 
 
-def test_what_jq_is_used_for_works(files: Store) -> None:
+def test_the_examples_for_jq_work(files: Store) -> None:
     files.context.extend_history("a", [{"role": "user", "content": n} for n in range(10)])
     document = files.run("show", "a", "--json").out
     try:
@@ -327,7 +341,7 @@ def test_stats_count_ages_and_lengths(files: Store) -> None:
     assert "last updated\tolder\t1" in text
 
 
-def test_stats_know_the_sizes_if_they_are_asked(store: Store) -> None:
+def test_stats_include_sizes_on_request(store: Store) -> None:
     store.context.set_variable("small", "x", 1)
     store.context.set_variable("large", "x", "y" * 5_000_000)
     figures = store.run("stats", "--sizes", "--json").json
@@ -337,7 +351,7 @@ def test_stats_know_the_sizes_if_they_are_asked(store: Store) -> None:
     assert "size per conversation\tup to 10.0 MB\t1" in store.run("stats", "--sizes").out
 
 
-def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
+def test_stats_include_the_operations_of_the_command_itself(store: Store) -> None:
     for name in ("a", "b", "c"):
         store.context.set_variable(name, "x", 1)
     work = store.run("stats", "--json").json["this_command"]
@@ -352,7 +366,7 @@ def test_stats_say_what_they_asked_of_the_storage(store: Store) -> None:
     assert "processes" in store.run("stats", "--help").out
 
 
-def test_clear_and_cleanup_tell_machines_what_they_did(files: Store) -> None:
+def test_clear_and_cleanup_print_json(files: Store) -> None:
     files.context.set_variable("alice", "x", 1)
     files.context.set_variable("bob", "x", 1)
     idle = files.run("cleanup", "--dry-run", "--max-age-hours", "0", "--json")

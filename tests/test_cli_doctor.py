@@ -18,7 +18,7 @@ from servers import HOST, ValkeyServer, wait_until
 from stores import many
 
 from agentstate.cli import exits
-from agentstate.cli.doctor import _look_for_damage
+from agentstate.cli.doctor import _examine, _look_for_damage
 from agentstate.cli.doctor_file import look_at_folder
 from agentstate.cli.doctor_valkey import _transport
 from agentstate.context import SyncConversationContext
@@ -56,7 +56,7 @@ def test_a_healthy_folder_is_fine(disk_path: Path) -> None:
     assert run("list", cwd=disk_path).out.count("\n") == 10  # its own conversation is gone
 
 
-def test_nothing_is_written_if_nothing_may_be(tmp_path: Path) -> None:
+def test_read_only_writes_nothing(tmp_path: Path) -> None:
     findings = examine(tmp_path, "--read-only")
     assert "append" not in findings
     assert list(tmp_path.iterdir()) == []
@@ -83,6 +83,18 @@ def test_doctor_leaves_no_file_behind(tmp_path: Path, layout: str) -> None:
     assert len(before) == 1
 
 
+@pytest.mark.parametrize("after", ["operations", "append", "turn", "conversations"])
+def test_an_interrupted_doctor_leaves_no_file_behind(tmp_path: Path, after: str) -> None:
+    folder = tmp_path / "store"
+    names = ("config_file", "storage", "url", "key_prefix", "layout", "settings")
+    findings = _examine({**dict.fromkeys(names), "storage_dir": str(folder)}, read_only=False)
+    assert any(finding.subject == after for finding in findings)
+    assert [path for path in folder.iterdir() if path.is_file()] != [] or after == "conversations"
+    with pytest.raises(KeyboardInterrupt):
+        findings.throw(KeyboardInterrupt)
+    assert [path for path in folder.iterdir() if path.is_file()] == []
+
+
 def test_a_server_that_refuses_connections_is_a_problem_at_once(tmp_path: Path) -> None:
     findings = examine(tmp_path, "--url", "valkey://127.0.0.1:1", "-o", "deadline=3600", code=exits.PROBLEM)
     found, text, advice = findings["connection"][0]
@@ -97,7 +109,7 @@ def test_bad_options_are_a_problem(tmp_path: Path, options: list[str]) -> None:
     assert level(examine(tmp_path, *options, code=exits.PROBLEM), "storage") == {"problem"}
 
 
-def test_memory_is_said_to_forget(tmp_path: Path) -> None:
+def test_memory_storage_is_reported_as_volatile(tmp_path: Path) -> None:
     assert level(examine(tmp_path, "--storage", "memory"), "durability") == {"note"}
 
 
@@ -127,7 +139,7 @@ def test_a_folder_that_is_open_to_others_is_a_warning(tmp_path: Path) -> None:
     assert "chmod 700" in findings["folder"][0][2]
 
 
-def test_the_files_of_others_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_recognised(tmp_path: Path) -> None:
     folder = tmp_path / "conversation_states"
     with SyncConversationContext(FileStorage(folder)) as context:
         context.set_variable("converted", "x", 1)
@@ -159,7 +171,9 @@ def test_damaged_conversations_are_a_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"), [("nfs4", "problem"), ("fuse.sshfs", "problem"), ("tmpfs", "warning"), ("ext4", "ok")]
 )
-def test_the_file_system_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
+def test_network_file_systems_are_a_problem_and_volatile_ones_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
+) -> None:
     monkeypatch.setattr("agentstate.cli.doctor_file._file_system_of", lambda path: kind)
     storage = InMemoryStorage()
     found = {finding.subject: finding.level for finding in look_at_folder(storage, {"storage_dir": str(tmp_path)})}
@@ -172,6 +186,24 @@ def test_the_file_system_is_recognised(tmp_path: Path) -> None:
 
     assert _file_system_of("/proc/self") == "proc"
     assert _file_system_of(str(tmp_path))
+
+
+def test_the_file_system_of_a_folder_is_found_by_its_mount_point_whatever_bytes_its_name_has() -> None:
+    from agentstate.cli.doctor_file import _type_at
+
+    mounts = (
+        b"25 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+        b"40 25 0:33 / /mnt/\xc3\xa4\xc3\xb6 rw - tmpfs tmpfs rw,size=1024k\n"
+        b"41 25 0:34 / /mnt/two\\040words\\134 rw shared:7 - xfs /dev/vdb rw\n"
+        b"42 25 0:35 / /mnt/\xff rw - btrfs /dev/vdc rw\n"
+        b"a line of another kind\n"
+    )
+    assert _type_at(mounts, "/mnt/äö/states".encode()) == "tmpfs"
+    assert _type_at(mounts, "/mnt/äö".encode()) == "tmpfs"
+    assert _type_at(mounts, "/mnt/äöü".encode()) == "ext4"
+    assert _type_at(mounts, b"/mnt/two words\\/states") == "xfs"
+    assert _type_at(mounts, b"/mnt/\xff/states") == "btrfs"
+    assert _type_at(b"", b"/mnt") == ""
 
 
 @LOCAL
@@ -199,7 +231,7 @@ def test_a_healthy_server_is_fine(tmp_path: Path, valkey_server: ValkeyServer, k
     assert "keys" not in findings
 
 
-def test_keys_of_others_are_told_apart(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+def test_keys_of_other_programs_are_recognised(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
     document = {"context_id": "b", "created_at": "2025-01-01T00:00:00", "updated_at": "2025-01-01T00:00:00"}
     with valkey.Valkey.from_url(valkey_9.url) as client:
         client.set(f"{key_prefix}b", json.dumps(document))
@@ -245,7 +277,7 @@ def test_a_name_that_does_not_resolve_is_explained(tmp_path: Path) -> None:
     assert level(findings, "connection") == {"problem"}
 
 
-def test_replicas_that_are_asked_for_must_be_there(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+def test_missing_replicas_are_a_problem(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
     options = ["--url", valkey_9.url, "--key-prefix", key_prefix, "-o", "min_replicas=1", "-o", "deadline=1"]
     findings = examine(tmp_path, *options, "--read-only", code=exits.PROBLEM)
     assert level(findings, "replicas") == {"problem"}
@@ -262,7 +294,7 @@ def test_a_replica_is_a_problem(tmp_path: Path, start_valkey: Callable[..., Valk
     assert findings["replicas"] == [("ok", "1 connected", "")]
 
 
-def test_missing_permissions_are_told(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
+def test_missing_permissions_are_reported(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
     server = start_valkey()
     with valkey.Valkey.from_url(server.url) as client:
         client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "&*", "+@all", "-scan")
@@ -297,13 +329,13 @@ def test_memory_that_is_nearly_full_is_a_problem(tmp_path: Path, start_valkey: C
         ("valkey://[broken", ""),
     ],
 )
-def test_conversations_that_travel_unencrypted_are_a_warning(url: str, words: str) -> None:
+def test_unencrypted_connections_to_other_machines_are_a_warning(url: str, words: str) -> None:
     texts = [finding.text for finding in _transport(url)]
     assert len(texts) == bool(words)
     assert all(words in text and "secret" not in text for text in texts)
 
 
-def test_other_settings_of_durability_are_told(tmp_path: Path) -> None:
+def test_weaker_durability_is_reported(tmp_path: Path) -> None:
     for fsync in ("everysec", "no"):
         (tmp_path / "x").mkdir(exist_ok=True, mode=0o700)
         assert level(examine(tmp_path, "--storage-dir", "x", "-o", f"fsync={fsync}"), "durability") == {"note"}
@@ -316,28 +348,28 @@ def test_without_colours_it_is_lines_of_fields(disk_path: Path) -> None:
     shutil.rmtree(disk_path / "conversation_states")
 
 
-def test_a_folder_inside_of_others_that_are_not_there_is_made_later(tmp_path: Path) -> None:
+def test_a_folder_whose_parents_do_not_exist_is_created_later(tmp_path: Path) -> None:
     ran = run("doctor", "--read-only", "--storage-dir", "a/b/c", cwd=tmp_path)
     assert ran.code == exits.OK
     assert "does not exist yet" in ran.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_killed_processes_left_is_told(tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_reported(tmp_path: Path) -> None:
     with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
         context.set_variable("alice", "x", 1)
     (tmp_path / "conversation_states" / "bob.jsonl.new").write_bytes(b"")
     assert "1 unfinished file of killed processes" in run("doctor", "--read-only", cwd=tmp_path).out
 
 
-def test_a_look_at_conversations_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_conversations_ends_after_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentstate.cli.doctor._READ_FOR", 0.0)
     storage = InMemoryStorage()
     many(storage, 250)
     assert [finding.text for finding in _look_for_damage(storage)] == ["100 read in 0 s (of more), none damaged"]
 
 
-def test_more_keys_are_looked_at_than_come_at_once(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+def test_more_keys_are_checked_than_one_page_has(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
     prefix = f"{{{key_prefix}}}:"  # with a hash tag: then the keys beside a context's state begin with it too
     with valkey_9.client() as client, closing(ValkeyStorage(valkey_9.url, key_prefix=prefix)) as storage:
         many(storage, 10)

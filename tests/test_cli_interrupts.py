@@ -43,7 +43,7 @@ def run(code: str, number: signal.Signals) -> tuple[int, str]:
 
 
 @each_signal
-def test_a_command_that_still_starts_ends_without_a_traceback(number: signal.Signals) -> None:
+def test_a_signal_during_the_start_ends_the_command_without_a_traceback(number: signal.Signals) -> None:
     code = """
 original = builtins.__import__
 def importing(name, *args, **kwargs):
@@ -57,7 +57,7 @@ sys.exit(agentstate.cli.main())
 
 
 @each_signal
-def test_what_must_be_done_as_a_whole_is_done_before_the_command_ends(number: signal.Signals) -> None:
+def test_an_undisturbed_block_is_completed_before_the_command_ends(number: signal.Signals) -> None:
     code = """
 def command():
     with interrupts.undisturbed():
@@ -70,7 +70,7 @@ as_the_command(command)
 
 
 @each_signal
-def test_what_takes_long_in_it_is_interrupted_and_cleaned_up(number: signal.Signals) -> None:
+def test_a_disturbed_part_of_an_undisturbed_block_is_interrupted(number: signal.Signals) -> None:
     code = """
 def command():
     with interrupts.undisturbed():
@@ -86,7 +86,7 @@ as_the_command(command)
 
 
 @each_signal
-def test_a_request_that_had_to_wait_is_heeded_as_soon_as_it_may(number: signal.Signals) -> None:
+def test_a_deferred_signal_takes_effect_as_soon_as_it_may(number: signal.Signals) -> None:
     code = """
 def command():
     with interrupts.undisturbed():
@@ -101,7 +101,7 @@ as_the_command(command)
 
 @pytest.mark.parametrize("inside", ["interrupts.undisturbed()", "contextlib.nullcontext()"])
 @each_signal
-def test_a_second_request_ends_it_at_once(number: signal.Signals, inside: str) -> None:
+def test_a_second_signal_ends_the_command_at_once(number: signal.Signals, inside: str) -> None:
     code = f"""
 import contextlib
 def command():
@@ -117,7 +117,7 @@ as_the_command(command)
 
 
 @each_signal
-def test_a_signal_that_was_to_be_ignored_is_ignored(number: signal.Signals) -> None:
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     code = """
 signal.signal(number, signal.SIG_IGN)
 def command():

@@ -79,7 +79,7 @@ def calls() -> list[list[str]]:
 
 
 def test_the_page_is_what_the_commands_say() -> None:
-    command = [sys.executable, ROOT / "docs" / "make" / "commands.py"]
+    command = [sys.executable, ROOT / "docs" / "make" / "command_line.py"]
     made = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
     assert PAGE.read_text() == made, "run: python docs/make/command_line.py > docs/command-line.md"
 

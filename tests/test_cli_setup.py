@@ -91,7 +91,7 @@ def test_validate_reports_all_problems_with_their_lines(tmp_path: Path) -> None:
     assert len(document.json["problems"]) == 3
 
 
-def test_validate_shows_what_holds(tmp_path: Path) -> None:
+def test_validate_prints_the_settings(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("state:\n  backend: file\n  storage_dir: ${DIR:./d}\n  ttl: 60\n")
     for arguments in (["x.yaml"], ["--config", "x.yaml"]):
         ran = run("validate", *arguments, cwd=tmp_path)
@@ -101,7 +101,7 @@ def test_validate_shows_what_holds(tmp_path: Path) -> None:
     assert (document["valid"], document["settings"]["ttl"], document["section"]) == (True, 60, "state")
 
 
-def test_validate_tells_that_state_management_is_off(tmp_path: Path) -> None:
+def test_validate_reports_that_state_management_is_off(tmp_path: Path) -> None:
     (tmp_path / "agent_config.yaml").write_text("state_management:\n  enabled: false\n  backend: memory\n")
     ran = run("validate", cwd=tmp_path)
     assert ran.code == 0
@@ -134,7 +134,7 @@ def test_validate_knows_storages_of_third_parties(tmp_path: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
 
 
-def test_validate_without_a_file_says_what_holds(tmp_path: Path) -> None:
+def test_validate_without_a_file_reports_the_defaults(tmp_path: Path) -> None:
     assert_one_line(run("validate", cwd=tmp_path), exits.NOT_FOUND, "defaults", "agentstate init")
 
 
@@ -175,7 +175,7 @@ def pytest_in(folder: Path) -> subprocess.CompletedProcess[str]:
         (["weather", "--url", "valkey://localhost:1"], {"weather"}),
     ],
 )
-def test_a_skill_is_made_whose_test_passes(tmp_path: Path, arguments: list[str], files: set[str]) -> None:
+def test_the_test_of_a_new_skill_passes(tmp_path: Path, arguments: list[str], files: set[str]) -> None:
     ran = run("skill", "create", *arguments, "--json", cwd=tmp_path)
     assert ran.code == 0, ran
     name = ran.json["skill"]
@@ -245,7 +245,7 @@ def test_a_skill_never_writes_over_a_file(tmp_path: Path, taken: str) -> None:
     assert (tmp_path / taken).read_text() == "precious"
 
 
-def test_a_configuration_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_configuration_is_kept(tmp_path: Path) -> None:
     (tmp_path / "agent_config.yaml").write_text("state:\n  backend: memory\n")
     ran = run("skill", "create", "Bot", "--storage", "file", cwd=tmp_path)
     assert ran.code == 0
@@ -275,7 +275,7 @@ def test_a_configuration_that_is_there_stays(tmp_path: Path) -> None:
         "__",
     ],
 )
-def test_names_that_make_no_module_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_that_are_not_valid_module_names_are_refused(tmp_path: Path, name: str) -> None:
     ran = run("skill", "create", "--", name, cwd=tmp_path)
     assert ran.code == exits.USAGE, ran
     assert len(ran.err.splitlines()) == 1
@@ -290,7 +290,7 @@ def test_a_skill_goes_into_a_folder(tmp_path: Path) -> None:
     assert pytest_in(tmp_path / "skills" / "new").returncode == 0
 
 
-def test_a_file_that_cannot_be_made_takes_the_others_with_it(tmp_path: Path) -> None:
+def test_all_files_are_written_or_none(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("precious")
     with pytest.raises(FileExistsError) as caught:
         write_all([NewFile(tmp_path / "folder" / "a", "a"), NewFile(tmp_path / "b", "b"), NewFile(tmp_path / "c", "c")])

@@ -83,7 +83,7 @@ def test_a_list_is_a_table_that_shows_all_of_an_id(some: Path) -> None:
     assert plain(text).replace("\n", "").replace(" ", "").count("x") >= 120
 
 
-def test_a_long_list_is_drawn_in_pages_that_go_on_as_the_first_one_began(tmp_path: Path) -> None:
+def test_the_pages_of_a_long_list_have_the_same_columns(tmp_path: Path) -> None:
     with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
         many(storage, 1200)
     text, code = shown("list", "--sort", "id", cwd=tmp_path)
@@ -94,7 +94,7 @@ def test_a_long_list_is_drawn_in_pages_that_go_on_as_the_first_one_began(tmp_pat
     assert len({len(line.rstrip()) for line in lines}) == 1  # all columns stand where they stood
 
 
-def test_what_was_stored_is_shown_as_it_is_and_harmlessly(some: Path) -> None:
+def test_stored_markup_and_escapes_are_printed_as_text(some: Path) -> None:
     text, code = shown("show", "alice", cwd=some)
     assert code == 0
     for words in ("tea é 漢 😀", r"\x1b[31mred", "[bold]markup[/bold] :smile:", "[red]x[/red]", '"[bold]y[/bold]"'):
@@ -126,7 +126,7 @@ def test_a_terminal_without_unicode_gets_ascii(some: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [20, 40, 300])
-def test_any_width_will_do(some: Path, columns: int) -> None:
+def test_every_width_works(some: Path, columns: int) -> None:
     for command in (["list"], ["show", "alice"], ["stats"], ["validate", "--keys"], ["--help"]):
         text, code = shown(*command, cwd=some, columns=columns)
         assert code == 0, text
@@ -142,7 +142,7 @@ def test_stats_and_doctor_are_drawn(some: Path, disk_path: Path) -> None:
     assert "No problems found." in plain(text)
 
 
-def test_long_work_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> None:
+def test_an_import_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> None:
     with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
         many(storage, 3000)
     text, code = shown("migrate", "conversation_states", "new", "--to-option", "fsync=no", cwd=tmp_path)
@@ -158,7 +158,7 @@ def test_long_work_shows_a_bar_with_rate_and_remaining_time(tmp_path: Path) -> N
     assert "skipped (equal)" in plain(text)
 
 
-def test_ctrl_c_within_a_migration_leaves_a_migration_that_goes_on(tmp_path: Path) -> None:
+def test_a_migration_can_be_started_again_after_ctrl_c(tmp_path: Path) -> None:
     with closing(FileStorage(tmp_path / "conversation_states", fsync="no")) as storage:
         many(storage, 1000)
         fill(storage, contexts=0, long=5000)

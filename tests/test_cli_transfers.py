@@ -78,7 +78,7 @@ def test_an_archive_goes_through_pipes(here: Path) -> None:
     assert same(opened(here / "conversation_states"), opened(here / "new"))
 
 
-def test_an_export_never_writes_over_a_file_unasked(here: Path) -> None:
+def test_an_export_replaces_a_file_only_with_force(here: Path) -> None:
     (here / "x.jsonl").write_text("precious")
     assert_one_line(run("export", "x.jsonl", cwd=here), exits.REFUSED, "exists already")
     assert (here / "x.jsonl").read_text() == "precious"
@@ -92,7 +92,7 @@ def test_an_export_from_a_server_that_is_down_leaves_no_file(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_problems_the_first_are_told_and_the_others_counted(tmp_path: Path) -> None:
+def test_the_first_of_many_problems_are_printed_and_the_others_counted(tmp_path: Path) -> None:
     lines = [{"context_id": f"c{number}", "variables": {"n": 1}} for number in range(130)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run("import", "x.jsonl", cwd=tmp_path).code == 0
@@ -132,7 +132,7 @@ def test_a_cut_off_archive_is_reported(here: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"nonsense\n", b"\x00" * 100, b"\x1f\x8bnonsense", b"[]\n", b"{"])
-def test_a_file_that_is_no_archive_is_told_so(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_reported(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
     ran = run("import", "x", cwd=tmp_path)
     assert_one_line(ran, exits.CORRUPTED)
@@ -206,7 +206,7 @@ def test_configuration_files_say_from_where_and_to_where(here: Path) -> None:
     assert_one_line(run("migrate", "nothing.yaml", "new.yml", cwd=here), exits.USAGE, "nothing.yaml")
 
 
-def test_what_agentup_left_is_migrated(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
+def test_data_of_agentup_is_migrated(tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str) -> None:
     (tmp_path / "agentup").mkdir()
     document = {
         "context_id": "alice", "user_id": "u", "created_at": "2025-06-01T10:00:00.123456",
@@ -237,7 +237,7 @@ def test_what_agentup_left_is_migrated(tmp_path: Path, valkey_9: ValkeyServer, k
             assert state.history == document["history"]
 
 
-def test_a_dry_run_makes_nothing(here: Path) -> None:
+def test_a_dry_run_creates_nothing(here: Path) -> None:
     ran = run("migrate", "conversation_states", "new", "--dry-run", "--json", cwd=here)
     assert (ran.code, ran.json["copied"]) == (0, 24)
     assert not (here / "new").exists()

@@ -15,7 +15,9 @@ from commands import COMMAND, Ran, assert_one_line, environment, run, unmeasured
 from stores import many
 
 from agentstate.cli import exits
+from agentstate.cli.lookup import not_found
 from agentstate.cli.rows import rows_of
+from agentstate.cli.store import Place
 from agentstate.cli.verify import _damaged, _Seen
 from agentstate.context import SyncConversationContext
 from agentstate.errors import StateUnavailableError
@@ -23,6 +25,7 @@ from agentstate.operations import Operation, Query
 from agentstate.storage.base import Settle
 from agentstate.storage.file import FileStorage
 from agentstate.storage.memory import InMemoryStorage
+from agentstate.transfer import pages_of_ids
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own limits, files and locales")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -92,7 +95,7 @@ def test_an_exit_code_does_not_depend_on_whether_stderr_can_be_written(some: Pat
 
 @LINUX
 @pytest.mark.parametrize("variables", [{}, ASCII], ids=["UTF-8", "ASCII"])
-def test_file_names_of_any_bytes_disturb_nobody(some: Path, variables: dict[str, str]) -> None:
+def test_file_names_of_any_bytes_are_accepted(some: Path, variables: dict[str, str]) -> None:
     store = os.fsencode(some / "conversation_states")
     for name in (b"\xff.json", b"\xff.jsonl", b"\xff.txt"):
         with open(store + b"/" + name, "xb"):
@@ -136,7 +139,7 @@ def test_a_folder_that_this_locale_cannot_name_is_a_mistake_in_the_configuration
 # --- what cannot be read --------------------------------------------------------------------------------------------
 
 
-def test_another_programs_document_is_told_alike_and_is_no_damage_to_repair(some: Path) -> None:
+def test_a_document_of_another_program_is_reported_and_not_repaired(some: Path) -> None:
     assert run("clear", "--yes", "世界", cwd=some).code == 0
     (some / "conversation_states" / "alice.json").write_text(agentup_document("alice"))
     log = some / "conversation_states" / "alice.jsonl"
@@ -167,7 +170,7 @@ def test_a_second_repair_keeps_the_first_original(tmp_path: Path) -> None:
 
 @LINUX
 @pytest.mark.parametrize("layout", ["log", "document"])
-def test_what_is_no_file_is_told_and_does_not_hide_the_others(tmp_path: Path, layout: str) -> None:
+def test_folders_in_place_of_files_are_reported_and_do_not_hide_the_others(tmp_path: Path, layout: str) -> None:
     store = tmp_path / "store"
     with SyncConversationContext(FileStorage(store, layout=layout)) as context:
         for name in ("a", "z"):
@@ -189,7 +192,7 @@ def test_what_is_no_file_is_told_and_does_not_hide_the_others(tmp_path: Path, la
     assert run("cleanup", "--max-age-hours", "0", *options, "--json", cwd=tmp_path).json == {"deleted": 2}
 
 
-def test_a_damaged_document_is_left_to_its_owner(tmp_path: Path) -> None:
+def test_a_damaged_document_is_not_repaired(tmp_path: Path) -> None:
     (tmp_path / "conversation_states").mkdir()
     (tmp_path / "conversation_states" / "broken.json").write_text('{"context_id": "broken", "hist')
     ran = run("verify", "--repair", cwd=tmp_path)
@@ -209,7 +212,7 @@ class Away(InMemoryStorage):
                 super().execute([operation], lambda _, outcome, index=index: settle(index, outcome))  # type: ignore[misc]
 
 
-def test_a_store_that_goes_away_is_told_once_and_not_for_each_conversation() -> None:
+def test_a_store_that_becomes_unreachable_is_reported_once() -> None:
     with closing(Away()) as storage:
         many(storage, 10)
         with pytest.raises(StateUnavailableError, match="went away"):
@@ -218,10 +221,46 @@ def test_a_store_that_goes_away_is_told_once_and_not_for_each_conversation() -> 
             list(_damaged(storage, [], _Seen()))
 
 
+class Unlistable(InMemoryStorage):
+    """A store whose listing fails."""
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        for index in range(len(operations)):
+            settle(index, StateUnavailableError("the server went away"))
+
+
+def test_an_unknown_id_is_an_error_without_a_hint_where_ids_cannot_be_listed() -> None:
+    with closing(Unlistable()) as storage:
+        error = not_found(storage, Place("mine", {}), "alice")
+    assert str(error) == "there is no conversation 'alice' in the storage 'mine'"
+
+
+def test_an_unknown_id_is_compared_with_a_limited_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(InMemoryStorage()) as storage:
+        many(storage, 2000)
+        listed = list(pages_of_ids(storage))
+        near = listed[0][0][:-1] + "x"
+        assert "did you mean" in str(not_found(storage, Place("mine", {}), near))
+        monkeypatch.setattr("agentstate.cli.lookup._MOST", 0)
+        assert "did you mean" not in str(not_found(storage, Place("mine", {}), near))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("Alice", "alice"), ("alicee", "alice"), ("ALICIA", "alice"), ("bob", "user:bob"), ("x" * 40, None), ("", None)],
+)
+def test_the_id_that_was_meant_is_found(typed: str, meant: str | None) -> None:
+    with closing(InMemoryStorage()) as storage:
+        for name in ("alice", "user:bob", "conversation:4711"):
+            SyncConversationContext(storage).get_or_create(name)
+        error = str(not_found(storage, Place("mine", {}), typed))
+    assert error.partition(" (did you mean ")[2] == (f"{meant!r}?)" if meant else "")
+
+
 # --- Ctrl-C before the command has begun ----------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_command_is_loaded_prints_no_traceback(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "class Interrupted:\n"

@@ -32,7 +32,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_intact_store_is_said_to_be(tmp_path: Path) -> None:
+def test_an_intact_store_is_reported(tmp_path: Path) -> None:
     with SyncConversationContext(FileStorage(tmp_path / "conversation_states")) as context:
         many(context.storage, 5)
     ran = run("verify", cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_some_conversations_can_be_verified_alone(here: Path) -> None:
     assert [each["context_id"] for each in document.json["damaged"]] == ["damaged"]
 
 
-def test_what_cannot_be_repaired_is_said_to_be_so(tmp_path: Path) -> None:
+def test_damage_that_cannot_be_repaired_is_reported(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.json").write_text('{"context_id": "a", "hist')
     ran = run("verify", "--repair", "--storage-dir", "docs", "--layout", "document", cwd=tmp_path)
@@ -70,7 +70,7 @@ def test_what_cannot_be_repaired_is_said_to_be_so(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "a.json").read_text() == '{"context_id": "a", "hist'
 
 
-def test_a_history_that_somebody_else_cut_is_found_on_a_server(
+def test_a_history_that_another_program_cut_is_found_on_a_server(
     tmp_path: Path, valkey_9: ValkeyServer, key_prefix: str
 ) -> None:
     options = ["--url", valkey_9.url, "--key-prefix", key_prefix]
@@ -98,7 +98,7 @@ def test_a_history_that_somebody_else_cut_is_found_on_a_server(
         ({"messages": [b'"text"'], "end": 1}, "message 0 is not a JSON object"),
     ],
 )
-def test_values_that_are_no_json_are_found(change: dict[str, Any], reason: str) -> None:
+def test_values_that_are_not_json_are_found(change: dict[str, Any], reason: str) -> None:
     storage = InMemoryStorage()
     restore(storage, "a", Snapshot(None, 1, 1, 1, 0, 0, {}, {}, 0, ())._replace(**change))
     assert [damage.reason for damage in _damaged(storage, [], _Seen())] == [

@@ -36,14 +36,14 @@ class TestFileLog(File):
 
 
 class TestFileLogUnflushed(File):
-    """Without waiting for the disk, and with a cache that holds next to nothing, so that most reads are cold."""
+    """Without waiting for the disk, and with a cache of one byte, so that most reads are from the file."""
 
     def make_storage(self, **options: Any) -> StateStorage:
         return FileStorage(self.folder, fsync="no", cache_bytes=1, **options)
 
 
 class TestFileLogExclusive(File):
-    shared = False  # a folder of its own for every storage, since nobody else may use it
+    shared = False  # a folder of its own for every storage, since no other storage may use it
 
     def make_storage(self, **options: Any) -> StateStorage:
         self.made = getattr(self, "made", 0) + 1

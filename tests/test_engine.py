@@ -26,7 +26,7 @@ from agentstate.engine import CallBack, Job, engine_of
 from agentstate.operations import Append, Commit, Delete, Listing, Operation, Query, Window
 from agentstate.storage.base import Settle
 
-INSIDE = ("perform", "_in_this_thread", "_check_entry", "_end_of_run")
+INSIDE = ("perform", "_in_this_thread", "_check_entry", "_leave", "_end_of_run", "_request")
 
 
 class Gated(InMemoryStorage):
@@ -429,9 +429,7 @@ def test_an_interrupt_while_the_storage_is_taken_leaves_it_usable() -> None:
 
         def watch(frame: Any, event: str, argument: Any) -> None:
             nonlocal left, interrupted
-            if frame.f_code.co_name == "execute":
-                sys.setprofile(None)
-            elif frame.f_code.co_name in INSIDE and event in ("call", "c_return"):
+            if frame.f_code.co_name in INSIDE and event in ("call", "c_return"):
                 left -= 1
                 if not left:
                     interrupted = True

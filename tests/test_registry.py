@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_a_storage_shows_where_it_is_and_nothing_secret(tmp_path: Path) -> None:
     assert repr(ValkeyStorage("valkey://:s3cret@host")).startswith("ValkeyStorage('valkey://:***@host")
     assert repr(SmallStorage("x", options="s3cret")) == "SmallStorage()"
     assert repr(object.__new__(FileStorage)) == "FileStorage()"  # one that could not be made
+
+
+def test_a_storage_that_refuses_an_option_is_dropped_without_a_word() -> None:
+    class Refusing(FileStorage):
+        def __init__(self, **options: Any) -> None:
+            StateStorage.__init__(self, **options)
+            raise StateConfigError("an option is wrong")
+
+    with pytest.raises(StateConfigError):
+        Refusing()
+    gc.collect()  # an exception in `__del__` would be a warning, and warnings are errors
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from agentstate.errors import (
     StateTimeoutError,
     StateUnavailableError,
 )
-from agentstate.operations import Append, Commit, Delete, Operation, Put, Query, Snapshot, Space
+from agentstate.operations import Append, Commit, Delete, Operation, Page, Put, Query, Snapshot, Space
 from agentstate.storage.base import Settle, StateStorage
 from agentstate.storage.memory import InMemoryStorage
 from agentstate.transfer import Result, count_contexts, migrate
@@ -90,7 +90,7 @@ def test_an_expiry_is_kept_through_many_commits(store: Stores, to: str) -> None:
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_what_has_no_expiry_follows_the_ttl_of_its_new_storage(store: Stores, to: str) -> None:
+def test_a_context_without_expiry_gets_the_ttl_of_its_new_storage(store: Stores, to: str) -> None:
     source, target = store("memory"), store(to, ttl=3600)
     SyncConversationContext(source).set_variable("a", "x", 1)
     assert migrate(source, target).complete
@@ -99,7 +99,7 @@ def test_what_has_no_expiry_follows_the_ttl_of_its_new_storage(store: Stores, to
     assert found.expires == pytest.approx((time.time() + 3600) * SECOND, abs=60 * SECOND)
 
 
-def test_a_context_that_has_expired_stays_behind(store: Stores) -> None:
+def test_an_expired_context_is_not_copied(store: Stores) -> None:
     source, target = store("memory"), store("memory")
     restore(source, "a", Snapshot(None, NOON, NOON, 1, 0, 0, {}, {}, 0, (), time.time_ns() // 1000 + 20_000))
     time.sleep(0.05)
@@ -138,7 +138,7 @@ def test_nothing_of_the_source_is_changed(store: Stores) -> None:
 
 @pytest.mark.parametrize("to", KINDS)
 @pytest.mark.parametrize("name", ["owned", "long", "one commit"])
-def test_what_is_there_and_different_is_left_alone_and_reported(store: Stores, to: str, name: str) -> None:
+def test_an_existing_different_context_is_not_changed_and_reported(store: Stores, to: str, name: str) -> None:
     source, target = store("memory"), store(to)
     names = fill(source, contexts=3)
     assert migrate(source, target).complete
@@ -154,7 +154,7 @@ def test_what_is_there_and_different_is_left_alone_and_reported(store: Stores, t
 
 @pytest.mark.parametrize("to", KINDS)
 @pytest.mark.parametrize("name", ["owned", "long", "one commit"])
-def test_replace_writes_over_what_is_different(store: Stores, to: str, name: str) -> None:
+def test_replace_replaces_different_contexts(store: Stores, to: str, name: str) -> None:
     source, target = store("memory"), store(to)
     fill(source, contexts=3)
     assert migrate(source, target).complete
@@ -192,7 +192,7 @@ def test_every_difference_counts(change: str) -> None:
     assert migrate(source, target).conflict == 1
 
 
-def test_the_same_value_in_other_words_is_no_difference() -> None:
+def test_another_json_text_of_the_same_value_is_equal() -> None:
     source, target = InMemoryStorage(), InMemoryStorage()
     plain = Snapshot(None, NOON, NOON, 5, 0, 1, {"v": b'{"a":1,"b":"\xc3\xa9"}'}, {}, 0, [b'{"a":1,"b":2}'])
     restore(source, "x", plain)
@@ -201,7 +201,7 @@ def test_the_same_value_in_other_words_is_no_difference() -> None:
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_a_dry_run_writes_nothing_and_tells_what_would_be_done(store: Stores, to: str) -> None:
+def test_a_dry_run_writes_nothing_and_reports_what_would_be_done(store: Stores, to: str) -> None:
     source, target = store("memory"), store(to)
     names = fill(source, contexts=3)
     report = migrate(source, target, dry_run=True)
@@ -220,16 +220,39 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_be_done(store: Stores, to
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-class Failing(InMemoryStorage):
+class Intercepted(InMemoryStorage):
+    """Carries out operations one by one, each by `intercept`, which a test overrides."""
+
+    def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
+        for index, operation in enumerate(operations):
+            try:
+                outcome = self.intercept(operation)
+            except StateError as error:
+                outcome = error
+            settle(index, outcome)
+
+    def intercept(self, operation: Operation) -> Any:
+        return self.directly(operation)
+
+    def directly(self, operation: Operation) -> Any:
+        """Carry out an operation without interception. Raises its error."""
+        outcomes: list[Any] = []
+        super().execute((operation,), lambda index, outcome: outcomes.append(outcome))
+        if isinstance(outcomes[0], StateError):
+            raise outcomes[0]
+        return outcomes[0]
+
+
+class Failing(Intercepted):
     """Fails where a test says so."""
 
     def __init__(self, before: Callable[[Operation], None] = lambda operation: None, **options: Any) -> None:
         super().__init__(**options)
         self.before = before
 
-    def _execute(self, operation: Operation) -> Any:
+    def intercept(self, operation: Operation) -> Any:
         self.before(operation)
-        return super()._execute(operation)
+        return self.directly(operation)
 
 
 def test_an_interrupt_within_a_long_context_leaves_nothing_of_it() -> None:
@@ -253,7 +276,7 @@ def test_an_interrupt_within_a_long_context_leaves_nothing_of_it() -> None:
     assert migrate(source, target).complete
 
 
-def test_what_a_killed_migration_left_of_a_long_context_is_written_anew() -> None:
+def test_an_unfinished_copy_of_a_killed_migration_is_written_again() -> None:
     source, target = InMemoryStorage(), InMemoryStorage()
     fill(source, contexts=0, long=3000)
     SyncConversationContext(target).set_metadata("long", UNFINISHED, True)
@@ -263,7 +286,7 @@ def test_what_a_killed_migration_left_of_a_long_context_is_written_anew() -> Non
     assert whole(target, "owned") == whole(source, "owned")
 
 
-def test_an_unfinished_copy_is_not_copied_on() -> None:
+def test_an_unfinished_copy_is_not_copied() -> None:
     source = InMemoryStorage()
     SyncConversationContext(source).set_metadata("a", UNFINISHED, True)
     report = migrate(source, InMemoryStorage())
@@ -278,7 +301,7 @@ def test_a_source_that_changes_while_a_long_context_is_read_is_read_again() -> N
         nonlocal changes
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000 and changes < 3:
             changes += 1
-            assert InMemoryStorage._execute(source, Commit("a", (Append((b"{}",)),), f"change {changes}")) == b""
+            assert source.directly(Commit("a", (Append((b"{}",)),), f"change {changes}")) == b""
 
     source, target = Failing(), InMemoryStorage()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])
@@ -295,7 +318,7 @@ def test_a_source_that_never_stops_changing_is_reported_and_leaves_nothing_behin
         nonlocal changes
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000:
             changes += 1
-            InMemoryStorage._execute(source, Commit("a", (Put(Space.VARIABLES, (("v", b"1"),)),), f"change {changes}"))
+            source.directly(Commit("a", (Put(Space.VARIABLES, (("v", b"1"),)),), f"change {changes}"))
 
     source, target = Failing(), InMemoryStorage()
     for _ in range(3):
@@ -310,7 +333,7 @@ def test_a_source_that_never_stops_changing_is_reported_and_leaves_nothing_behin
 def test_a_context_that_is_cleared_while_it_is_read_is_gone() -> None:
     def clear(operation: Operation) -> None:
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000:
-            InMemoryStorage._execute(source, Commit("a", (Delete(),), "clear"))
+            source.directly(Commit("a", (Delete(),), "clear"))
 
     source = Failing()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])
@@ -319,7 +342,7 @@ def test_a_context_that_is_cleared_while_it_is_read_is_gone() -> None:
     assert (report.gone, report.failed) == (1, 0)
 
 
-def test_a_damaged_context_does_not_keep_the_others_back() -> None:
+def test_a_damaged_context_does_not_prevent_the_others() -> None:
     def damage(operation: Operation) -> None:
         if isinstance(operation, Query) and operation.context_id == "c000003":
             raise StateCorruptedError("damaged", context_id="c000003")
@@ -332,7 +355,7 @@ def test_a_damaged_context_does_not_keep_the_others_back() -> None:
     assert [problem.context_id for problem in report.problems] == ["c000003"]
 
 
-def test_a_storage_that_is_out_of_reach_ends_the_migration() -> None:
+def test_an_unreachable_storage_ends_the_migration() -> None:
     def refuse(operation: Operation) -> None:
         raise StateUnavailableError("it is down")
 
@@ -357,10 +380,10 @@ def test_a_value_that_is_too_large_for_the_target_is_refused() -> None:
     assert count_contexts(target) == 1
 
 
-def test_a_target_that_changes_what_it_stores_is_found_out() -> None:
-    class Lossy(InMemoryStorage):
-        def _execute(self, operation: Operation) -> Any:
-            outcome = super()._execute(operation)
+def test_a_target_that_changes_what_it_stores_is_noticed() -> None:
+    class Lossy(Intercepted):
+        def intercept(self, operation: Operation) -> Any:
+            outcome = self.directly(operation)
             if isinstance(outcome, Snapshot) and outcome.messages:
                 return outcome._replace(messages=[*outcome.messages[:-1], b'{"n":"changed"}'])
             return outcome
@@ -372,15 +395,15 @@ def test_a_target_that_changes_what_it_stores_is_found_out() -> None:
     assert "reading it back" in str(report.problems[0].error)
 
 
-class Doubled(InMemoryStorage):
-    """Lists everything twice, as a Valkey may that reorganises its keys."""
+class Doubled(Intercepted):
+    """Lists everything twice, as Valkey may while it rehashes its keys."""
 
-    def _list(self, listing: Any) -> Any:
-        page = super()._list(listing)
-        return page._replace(context_ids=page.context_ids * 2)
+    def intercept(self, operation: Operation) -> Any:
+        outcome = self.directly(operation)
+        return outcome._replace(context_ids=outcome.context_ids * 2) if isinstance(outcome, Page) else outcome
 
 
-def test_what_is_listed_twice_is_taken_once() -> None:
+def test_a_context_that_is_listed_twice_is_copied_once() -> None:
     source = Doubled()
     many(source, 300)
     assert migrate(source, InMemoryStorage()).copied == 300
@@ -424,7 +447,7 @@ class Forgetful(StateStorage):
             settle(index, None)
 
 
-def test_progress_is_told_of_every_context(store: Stores) -> None:
+def test_progress_is_called_for_every_context(store: Stores) -> None:
     source = store("memory")
     names = fill(source)
     results: list[Result] = []
@@ -437,7 +460,7 @@ def test_progress_is_told_of_every_context(store: Stores) -> None:
 # --- errors of storages ----------------------------------------------------------------------------------------------
 
 
-class Unsettled(InMemoryStorage):
+class Unsettled(Intercepted):
     """Answers operations with errors of its own, before or after it has carried them out."""
 
     def __init__(self, **options: Any) -> None:
@@ -447,13 +470,13 @@ class Unsettled(InMemoryStorage):
     def fail(self, error: StateError, when: Callable[[Operation], bool], *, afterwards: bool = False) -> None:
         self.errors.append((afterwards, when, error))
 
-    def _execute(self, operation: Operation) -> Any:
+    def intercept(self, operation: Operation) -> Any:
         failure = next((each for each in self.errors if each[1](operation)), None)
         if failure is None:
-            return super()._execute(operation)
+            return self.directly(operation)
         self.errors.remove(failure)
         if failure[0]:
-            super()._execute(operation)
+            self.directly(operation)
         raise failure[2]
 
 
@@ -469,7 +492,7 @@ def is_delete(operation: Operation) -> bool:
     return isinstance(operation, Commit) and isinstance(operation.changes[0], Delete)
 
 
-def test_operations_that_were_too_many_together_are_tried_alone() -> None:
+def test_operations_that_time_out_in_a_group_are_retried_alone() -> None:
     source, target = InMemoryStorage(), Unsettled()
     many(source, 10)
     for _ in range(4):
@@ -488,7 +511,7 @@ def test_an_unknown_outcome_becomes_known_by_reading_back(afterwards: bool) -> N
 
 
 @pytest.mark.parametrize("afterwards", [True, False])
-def test_an_unknown_outcome_within_a_long_context_is_tried_again_and_never_twice(afterwards: bool) -> None:
+def test_an_unknown_outcome_within_a_long_context_is_retried_and_never_applied_twice(afterwards: bool) -> None:
     source, target = InMemoryStorage(), Unsettled()
     for _ in range(4):
         SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(500)])
@@ -501,7 +524,7 @@ def test_an_unknown_outcome_within_a_long_context_is_tried_again_and_never_twice
 
 
 @pytest.mark.parametrize("name", ["owned", "long"])
-def test_what_cannot_be_replaced_is_reported_and_stays(name: str) -> None:
+def test_a_context_that_cannot_be_replaced_is_reported_and_kept(name: str) -> None:
     source, target = InMemoryStorage(), Unsettled()
     fill(source, contexts=0)
     assert migrate(source, target).complete
@@ -535,7 +558,7 @@ def test_a_target_that_cannot_be_read_is_reported() -> None:
     assert migrate(source, target).failed == 5
 
 
-def test_a_context_that_expires_on_its_way_is_gone() -> None:
+def test_a_context_that_expires_during_the_migration_is_gone() -> None:
     source, target = InMemoryStorage(), Unsettled()
     expires = time.time_ns() // 1000 + 300_000
     restore(source, "a", Snapshot(None, NOON, NOON, 1, 0, 0, {}, {}, 0, (), expires))
@@ -565,7 +588,7 @@ states = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(states)
-def test_any_state_goes_there_and_back(store: Stores, given_states: list[Any]) -> None:
+def test_every_state_survives_a_migration_and_back(store: Stores, given_states: list[Any]) -> None:
     source, middle, target = InMemoryStorage(), store("file documents"), store("file")
     for number, (variables, metadata, contents, start, revision) in enumerate(given_states):
         messages = [encode({"role": "user", "content": content}, "m") for content in contents]

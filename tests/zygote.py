@@ -1,8 +1,8 @@
-"""Starts commands quickly: a process that has imported everything and forks, once for each command it is asked for.
+"""Starts commands quickly: a process that has imported everything, and forks for each command.
 
 A command costs a third of a second of processor time when it starts from nothing, nearly all of it for imports, and
-there are hundreds of them in these tests. What is forked is a process of its own like any other, with its own pipes,
-environment and working directory. `commands.run` uses it where nothing but the import would differ.
+there are hundreds of them in these tests. A forked command has its own pipes, environment and working
+directory. `commands.run` uses this where only the imports would differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 
 def serve(requests: socket.socket) -> NoReturn:
-    """Take requests until there are no more: a line of JSON, with stdin, stdout, stderr and where to write the code."""
+    """Serve requests until the socket is closed: JSON, and descriptors for stdin, stdout, stderr and the exit code."""
     import asyncio
     import logging
 
@@ -33,8 +33,8 @@ def serve(requests: socket.socket) -> NoReturn:
 
     assert all((asyncio, logging, rich, yaml, agentstate))
     gc.collect()
-    gc.freeze()  # or every command would look through all of this once more when it ends: two thirds of what it costs
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
+    gc.freeze()  # otherwise each command collects all of this when it exits, which is two thirds of its cost
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the supervisors are not waited for
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 4)
         if not data:
@@ -62,7 +62,7 @@ def supervise(request: dict[str, object], descriptors: list[int]) -> NoReturn:
 
 
 def become(request: dict[str, object], streams: list[int]) -> NoReturn:
-    """Be the command."""
+    """Run the command in this process."""
     from agentstate.cli import main
 
     for number, stream in enumerate(streams):

@@ -129,7 +129,7 @@ def _invoke(arguments: Sequence[str]) -> int:
         hint = (
             f" (see `{about.command_path} --help`)" if about is not None and isinstance(error, click.UsageError) else ""
         )
-        fail(error.format_message() + hint)
+        fail(" ".join(line.strip() for line in error.format_message().splitlines()) + hint)
         return error.exit_code
     except StateError as error:
         fail(_text_of(error))

@@ -35,6 +35,10 @@ class HandlerFailedError(StateError):
     """The handler raised an exception."""
 
 
+class _OutputFailed(Exception):
+    """An answer could not be printed, for example because nobody reads it any more. `args[0]` is the OSError."""
+
+
 @click.command()
 @click.argument("handler", metavar="MODULE:HANDLER", shell_complete=paths("file"))
 @click.argument("message", required=False)
@@ -55,7 +59,8 @@ def chat(
     """Talk to a handler in the terminal. The next run continues the same conversation.
 
     MODULE is the name of a module or the path of a Python file, HANDLER a name in it or one given to @register_handler.
-    With a MESSAGE the handler answers that one. Otherwise messages are read until Ctrl-D; in a pipe, each line is one.
+    With a MESSAGE the handler answers it and the command ends. Otherwise messages are read until Ctrl-D; in a pipe,
+    each line is one.
 
     The task of the handler is an object and a mapping: task.text, task["text"] and task.input are the message,
     task.context_id the conversation, task.id is new for each message, and task.metadata has user_id if --user is
@@ -128,8 +133,10 @@ class _Talk:
                 _end_pieces()
             else:
                 _print_answer(result)
-        except (StateError, OSError):
+        except StateError:
             raise
+        except _OutputFailed as failed:
+            raise failed.args[0] from None
         except Exception as error:
             if self.traceback:
                 import traceback
@@ -183,18 +190,24 @@ async def _print_pieces(pieces: Any) -> None:
 
 
 def _print_piece(piece: Any) -> None:
-    console.line(_text(piece), end="" if isinstance(piece, str) else "\n")
-    sys.stdout.flush()
+    _print(_text(piece), end="" if isinstance(piece, str) else "\n")
 
 
 def _end_pieces() -> None:
-    console.line()
+    _print("")
 
 
 def _print_answer(answer: Any) -> None:
     if answer is not None:
-        console.line(_text(answer))
+        _print(_text(answer))
+
+
+def _print(text: str, *, end: str = "\n") -> None:
+    try:
+        console.line(text, end=end)
         sys.stdout.flush()
+    except OSError as error:
+        raise _OutputFailed(error) from error
 
 
 def _text(answer: Any) -> str:

@@ -149,15 +149,17 @@ def clear(place: Place, ids: tuple[str, ...], yes: bool, as_json: bool) -> int:
         if not yes:
             _ask_before_clearing(storage, names, place)
         context = SyncConversationContext(storage)
-        cleared = {context_id: context.clear_context(context_id) for context_id in names}
-        for context_id, existed in cleared.items():
+        missing = False
+        for context_id in names:
+            existed = context.clear_context(context_id)
+            missing = missing or not existed
             if as_json:
                 console.json_line({"context_id": context_id, "cleared": existed})
             elif existed:
                 console.note(f"Cleared {context_id!r}.")
             else:
                 console.fail(str(not_found(storage, place, context_id)))
-    return exits.OK if all(cleared.values()) else exits.NOT_FOUND
+    return exits.NOT_FOUND if missing else exits.OK
 
 
 def _ask_before_clearing(storage: StateStorage, names: list[str], place: Place) -> None:

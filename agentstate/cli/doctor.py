@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 from uuid import uuid4
 
@@ -94,7 +94,7 @@ def _print(finding: Finding) -> None:
 # --- the examination ------------------------------------------------------------------------------------------------
 
 
-def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
+def _examine(chosen: dict[str, Any], read_only: bool) -> Generator[Finding, None, None]:
     yield ok("version", f"agentstate {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
     try:
         use_config(chosen["config_file"])
@@ -112,11 +112,13 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Iterator[Finding]:
     try:
         place = chosen_place(chosen)
         test_id = f"agentstate-doctor-{uuid4().hex}"
-        with place.open(shared=False, may_be_new=True) as storage:
-            yield ok("storage", f"{place.backend}: {place.name}")
-            yield from _examine_storage(place, storage, None if read_only else test_id)
-        if place.backend == "file":
-            remove_file(place.name, test_id)
+        try:
+            with place.open(shared=False, may_be_new=True) as storage:
+                yield ok("storage", f"{place.backend}: {place.name}")
+                yield from _examine_storage(place, storage, None if read_only else test_id)
+        finally:
+            if place.backend == "file":
+                remove_file(place.name, test_id)
     except StateConfigError as error:
         for text in error.problems or [str(error)]:
             yield problem("storage", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -104,18 +105,25 @@ def _file_system_of(path: str) -> str:
     """The type of the file system of a folder, as Linux names it; "" on other systems."""
     if sys.platform != "linux":
         return ""
-    real = os.path.realpath(path)
-    best, kind = "", ""
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            for line in mounts:
-                before, _, after = line.partition(" - ")
-                mount = before.split()[4].encode().decode("unicode_escape")
-                inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-                if inside and len(mount) >= len(best):
-                    best, kind = mount, after.split()[0]
-    except (OSError, IndexError, UnicodeError):
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            return _type_at(mounts.read(), os.fsencode(os.path.realpath(path)))
+    except OSError:
         return ""
+
+
+def _type_at(mounts: bytes, path: bytes) -> str:
+    """The type of the file system at an absolute path, by the lines of mountinfo; "" where they do not tell."""
+    best, kind = b"", ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(b" - ")
+        fields, types = before.split(b" "), after.split(b" ")
+        if len(fields) < 5 or not types[0]:
+            continue
+        # Blanks, line breaks and backslashes are written in octal digits, other bytes as they are.
+        mount = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4])
+        if (path == mount or path.startswith(mount.rstrip(b"/") + b"/")) and len(mount) >= len(best):
+            best, kind = mount, types[0].decode("ascii", "replace")
     return kind
 
 

@@ -262,6 +262,8 @@ def migrate_(
     goal = _place_of(target, to_key_prefix, to_layout, to_option)
     _check_different(origin, goal)
     if origin.backend == "file" and not os.path.isdir(origin.name):
+        if os.path.exists(origin.name):
+            raise StateConfigError(f"{origin.name} is not a folder: use `agentstate import` to read an archive")
         raise ContextNotFoundError(f"the folder {origin.name} does not exist")
     began = time.monotonic()
     with origin.open() as storage, goal.open(may_be_new=True) as new:

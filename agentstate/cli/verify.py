@@ -74,7 +74,8 @@ def verify(place: Place, ids: tuple[str, ...], repair: bool, as_json: bool) -> i
     if as_json:
         console.json_document({"conversations": seen.conversations, "messages": seen.messages, "damaged": found})
     elif seen.conversations or found or not names:
-        state = f"{len(found):,} damaged" if found else "all intact"
+        repaired = f", {len(found) - unrepaired:,} repaired" if len(found) > unrepaired else ""
+        state = f"{len(found):,} damaged{repaired}" if found else "all intact"
         counts = (
             f"{console.counted(seen.conversations, 'conversation')} with {console.counted(seen.messages, 'message')}"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateConflictError, StateError, StateUnavailableError
 from ..operations import Commit, Listing, Operation, Outcome, Query
-from ..storage.base import PENDING, StateStorage, abandoned
+from ..storage.base import PENDING, StateStorage, abandoned, alive
 
 if TYPE_CHECKING:
     from logging import Logger
@@ -89,7 +89,6 @@ class Engine:
         self._has_lanes = type(storage).lane is not StateStorage.lane
         self._begin_anew()
         storage.before_close.append(self._close)
-        _engines.add(self)
 
     def _begin_anew(self) -> None:
         """As at the beginning; also in the child of a fork, where the parent's threads and calls do not exist."""
@@ -147,13 +146,22 @@ class Engine:
         finally:
             try:
                 if free:
-                    with self._lock:
-                        lane.running.discard(job)
-                        self._end_of_run(job)
+                    self._leave(job)
+            except BaseException:  # of a signal handler: once more, for it must be done
+                self._leave(job)
+                raise
             finally:
                 del self._inside[me]
             if self._refused:
                 self._deliver_refused()
+
+    def _leave(self, job: Job) -> None:
+        """A call that `_in_this_thread` has carried out is over. Doing it twice does no harm."""
+        with self._lock:
+            job.lane.running.discard(job)
+            if self._contexts.get(job.key) is job:
+                self._end_of_run(job)
+            self._request(job.lane)
 
     def _wait_for(self, each: Sequence[Sequence[Operation]]) -> list[Outcomes]:
         """Queue jobs, and wait until workers have carried them all out."""
@@ -253,8 +261,8 @@ class Engine:
         """See to it that a worker serves the lane, if anything waits there and it may have one more."""
         if lane.ready and not lane.requested and len(lane.running) < self.storage.concurrency:
             self._requests.put(lane)
-            lane.requested = True  # afterwards: an interrupt in between costs one request too many, but no job
-            self._start_threads()
+            # Last: if a signal handler raises before, there is a request too many, but no job that nobody comes for.
+            lane.requested = self._start_threads(1 + sum(lane.requested for lane in self._lanes.values()))
 
     def _refuse_all(self, cause: RuntimeError) -> None:
         """Give all that waits back as not done, for there is nobody to do it."""
@@ -292,9 +300,9 @@ class Engine:
         oldest.running = 0
         self._request(lane)
 
-    def _start_threads(self) -> None:
-        """As many as there are requests that no idle one is left for."""
-        while len(self._threads) - len(self._serving) < sum(lane.requested for lane in self._lanes.values()):
+    def _start_threads(self, requests: int) -> bool:
+        """Start a thread for each request that no idle one is left for. False where there is no thread at all."""
+        while len(self._threads) - len(self._serving) < requests:
             thread = threading.Thread(
                 target=_work, args=(weakref.ref(self), self._requests), name="agentstate-worker", daemon=True
             )
@@ -308,7 +316,8 @@ class Engine:
                     raise
                 if not self._threads:  # too many threads, too little memory, or the interpreter ends
                     self._refuse_all(error)
-                return
+                return bool(self._threads)
+        return True
 
     def _look_whether_drained(self) -> None:
         if self._is_drained():
@@ -547,12 +556,11 @@ def _next_request(requests: SimpleQueue[_Lane | None]) -> _Lane | None:
         return None
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
 def _after_fork_in_child() -> None:
-    for engine in list(_engines):
-        engine._begin_anew()
+    for storage in list(alive):
+        engine: Engine | None = storage.__dict__.get("_engine")
+        if engine is not None:
+            engine._begin_anew()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork

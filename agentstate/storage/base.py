@@ -27,7 +27,8 @@ Settle: TypeAlias = Callable[[int, Outcome | StateError], None]
 PENDING: Final[Any] = object()
 """Stands for an outcome that is not known yet (None is one: an absent context)."""
 
-_alive: Final[weakref.WeakSet[StateStorage]] = weakref.WeakSet()
+alive: Final[weakref.WeakSet[StateStorage]] = weakref.WeakSet()
+"""All storages of this process: what a forked child has to reset."""
 
 
 _OF_ONE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
@@ -90,7 +91,7 @@ class StateStorage(ABC):
         self.telemetry: Any = None  # who is told of calls: see `agentstate.telemetry`
         self.before_close: list[Callable[[], object]] = []
         """Functions that `close` calls first: they wait for the calls that are queued for this storage."""
-        _alive.add(self)
+        alive.add(self)
 
     def __repr__(self) -> str:
         # Only what holds no secret: other options, those of third parties included, may.
@@ -150,8 +151,11 @@ class StateStorage(ABC):
         return False
 
     def __del__(self) -> None:
-        # getattr: a subclass may have refused its options before `__init__` came here.
-        if not getattr(self, "closed", True) and not sys.is_finalizing() and self.has_resources():
+        try:
+            unclosed = not self.closed and not sys.is_finalizing() and self.has_resources()
+        except AttributeError:  # `__init__` refused an option before it had set all attributes
+            return
+        if unclosed:
             from warnings import warn
 
             text = f"unclosed {self!r}: call close(), or use its context in a with block"
@@ -287,7 +291,7 @@ def abandoned(storage: StateStorage, operation: Operation, failure: BaseExceptio
 
 
 def _reset_all_after_fork() -> None:
-    for storage in list(_alive):
+    for storage in list(alive):
         storage.tally.begin_anew()
         storage._after_fork()
 

@@ -28,7 +28,7 @@ _logger = logging.getLogger("agentstate.storage.document")
 
 
 class DocumentStorage(StateStorage):
-    """Keeps each context as one JSON document, in whatever can read, replace and list documents.
+    """Keeps each context as one JSON document, in any store that can read, replace and list documents.
 
     A backend implements `read_document`, `replace_document`, `list_documents`, and `close` if it holds anything; all
     else is here. The hooks are called from several threads. They raise StateUnavailableError where the store cannot
@@ -80,7 +80,7 @@ class DocumentStorage(StateStorage):
             except StateError as error:
                 settle(index, error)
         for context_id, indexed in by_context.items():
-            # What is read together costs one read, what is written together one replacement.
+            # Queries share one read, and writes share one replacement.
             for _, run in groupby(indexed, key=lambda pair: isinstance(pair[1], Query)):
                 indexes, part = zip(*run, strict=True)
                 carry_out = self._read if isinstance(part[0], Query) else self._write
@@ -127,10 +127,10 @@ class DocumentStorage(StateStorage):
         except (StateCorruptedError, StateConflictError, StateUnavailableError) as error:
             if not concerns_one_context(error):
                 raise
-            # It is there, so it is listed; but whose it is and how old, nobody can say.
+            # It exists, so it is listed; but its owner and its age are not known.
             if listing.user is None and listing.idle_for is None:
                 return True
-            _logger.warning("passed over in a listing: %s", error)
+            _logger.warning("skipped in a listing: %s", error)
             return False
         now = self.clock()
         if listing.user is not None and document.user_id != listing.user:
@@ -150,8 +150,8 @@ class DocumentUpdate:
         self.outcomes: list[Outcome | StateError] = []
         """Of the writes, as of the last call."""
         self.remove_at: int | None = None
-        """When what the last call returned will mean nothing any more: microseconds since 1970, or None for never. A
-        store whose keys expire by themselves may let it expire then."""
+        """When the document that the last call returned may be removed: microseconds since 1970, or None for never. A
+        store with expiring keys may let it expire then."""
         self._calls = self._read = self._written = 0
 
     def __call__(self, data: bytes | None) -> bytes | None:
@@ -170,12 +170,12 @@ class DocumentUpdate:
         return new
 
     def counts(self) -> dict[str, int]:
-        """What a tally is to know of it: all calls but the last were in vain."""
+        """The counts for the tally: all calls but the last were repeated attempts."""
         repeated = max(0, self._calls - 1) * len(self._writes)
         return {"attempts_repeated": repeated, "bytes_read": self._read, "bytes_written": self._written}
 
     def _carry_out(self, write: Write, document: Document, now: int) -> Outcome:
-        check_deadline(write)  # again: there may have been a wait for a lock
+        check_deadline(write)  # again: waiting for a lock may have taken long
         if isinstance(write, Lease):
             return document.take_or_give(write, now)
         return document.commit(write, now, self._storage.ttl)
@@ -195,7 +195,7 @@ def _failures(failure: StateError, operations: Sequence[Query | Write]) -> list[
     """The error of each operation, where what they share failed."""
     errors = []
     for operation in operations:
-        error = copy.copy(failure)  # each is raised in a place of its own
+        error = copy.copy(failure)  # each is raised separately, with its own traceback
         error.__cause__ = failure
         if error.context_id is None:
             error.context_id = operation.context_id

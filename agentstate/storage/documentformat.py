@@ -33,7 +33,7 @@ _REMEMBER: Final = int(REMEMBER_CLEARED * _MICROSECONDS)
 
 
 class Document(Image):
-    """A context as its document tells it, with its messages, its lease, and what the document holds beside."""
+    """A context as its document describes it, with its messages, its lease, and fields of other programs."""
 
     __slots__ = ("changed", "context_id", "expired", "extra", "forget_at", "history", "lease_end", "lease_token")
 
@@ -41,7 +41,7 @@ class Document(Image):
         super().__init__()
         self.context_id = context_id
         self.history: list[Any] = []  # as values, not texts: most operations need none of them, or all at once
-        self.extra: dict[str, Any] = {}  # fields that are neither AgentUp's nor ours, kept as they are
+        self.extra: dict[str, Any] = {}  # fields of other programs, kept as they are
         self.lease_token = ""
         self.lease_end = 0
         self.forget_at = 0  # when the commit ids of a context that does not exist may be forgotten
@@ -100,7 +100,7 @@ class Document(Image):
             self.history, self.extra = [], {}
 
     def without_use(self, now: int) -> bool:
-        """Whether the context is absent, and nothing about it needs to be remembered either."""
+        """Whether the context is absent, and its commit ids and lease are no longer needed."""
         return not self.lives(now) and self.lease_end <= now and self._forget_at() <= now
 
     def _forget_at(self) -> int:
@@ -108,13 +108,13 @@ class Document(Image):
         return self.updated + _REMEMBER if self.exists else self.forget_at
 
     def remove_at(self) -> int | None:
-        """When the document will mean nothing any more, in microseconds since 1970; None for never."""
+        """When the document may be removed, in microseconds since 1970; None for never."""
         if self.exists and self.expires is None:
             return None
         return max(self.expires or 0, self._forget_at(), self.lease_end)
 
     def render(self, now: int) -> bytes | None:
-        """The document; None if there is nothing to be kept."""
+        """The bytes of the document; None if it is to be removed."""
         if self.without_use(now):
             return None
         if not self.exists:
@@ -149,7 +149,7 @@ class Document(Image):
             kept["forget_at"] = self.forget_at
         if self.lease_end > now:
             kept["lease"] = {"token": self.lease_token, "expires": self.lease_end}
-        if BOOKKEEPING in self.metadata:  # the user has a key of that name too
+        if BOOKKEEPING in self.metadata:  # the user has a key of the same name
             kept["metadata"] = decode(self.metadata[BOOKKEEPING])
         return kept
 
@@ -158,11 +158,15 @@ class Document(Image):
 
 
 class _MalformedError(ValueError):
-    """Why this is not a document."""
+    """The document is not valid."""
+
+
+class _NewerError(Exception):
+    """A newer agentstate wrote the document."""
 
 
 def parse_document(data: bytes, context_id: str) -> Document:
-    """The context that a document holds: one of ours, or one that AgentUp wrote.
+    """Parse a document that agentstate or AgentUp wrote.
 
     Raises StateCorruptedError for anything else, and StateConflictError for the document of another context.
     """
@@ -171,6 +175,12 @@ def parse_document(data: bytes, context_id: str) -> Document:
         stored_id = _typed(fields.pop("context_id"), str, "context_id")
         if stored_id == context_id:
             return _document(fields, context_id, data)
+    except _NewerError as error:
+        raise StateConflictError(
+            f"a newer agentstate wrote the document of {context_id!r} ({error}); update agentstate on this host. The "
+            "document was left as it is",
+            context_id=context_id,
+        ) from error
     except (ValueError, KeyError, OverflowError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise StateCorruptedError(
@@ -184,7 +194,7 @@ def parse_document(data: bytes, context_id: str) -> Document:
 
 
 def document_id(data: bytes) -> str:
-    """The id of the context whose document this is. Raises StateCorruptedError."""
+    """The context id in a document. Raises StateCorruptedError."""
     try:
         return _typed(_fields(data)["context_id"], str, "context_id")
     except (ValueError, KeyError, RecursionError) as error:
@@ -211,7 +221,7 @@ def _document(fields: dict[str, Any], context_id: str, data: bytes) -> Document:
     history = fields.pop("history", None)
     document.history = [] if history is None else _typed(history, list, "history")
     if not all(isinstance(message, dict) for message in document.history):
-        raise _MalformedError("a message in its history is no object")
+        raise _MalformedError("a message in its history is not an object")
     document.extra = fields
     kept = metadata.get(BOOKKEEPING)
     if isinstance(kept, dict) and "document_version" in kept:
@@ -232,8 +242,11 @@ def _document(fields: dict[str, Any], context_id: str, data: bytes) -> Document:
 
 
 def _read_bookkeeping(document: Document, kept: dict[str, Any]) -> None:
-    if kept["document_version"] != _VERSION:
-        raise _MalformedError(f"a newer agentstate wrote it (version {kept['document_version']!r})")
+    version = kept["document_version"]
+    if type(version) is int and version > _VERSION:
+        raise _NewerError(f"its bookkeeping has version {version}")
+    if version != _VERSION:
+        raise _MalformedError(f"its bookkeeping has the unknown version {version!r}")
     document.revision = _natural(kept, "revision")
     document.start, document.end = _natural(kept, "start"), _natural(kept, "end")
     document.expires = _natural(kept, "expires") if "expires" in kept else None
@@ -248,7 +261,7 @@ def _read_bookkeeping(document: Document, kept: dict[str, Any]) -> None:
     updated = _typed(kept["updated"], int, "updated")
     if document.updated == updated and len(document.history) == document.end - document.start:
         return
-    # Another program wrote since, and handed our bookkeeping on.
+    # Another program wrote since, and preserved our bookkeeping.
     document.exists = True
     document.revision += 1
     if document.expires is not None:
@@ -268,7 +281,7 @@ def _start_after(document: Document, last: Any) -> int:
     for index in range(min(newest - document.start, len(document.history) - 1), -1, -1):
         if _checksum(document.history[index]) == last:
             return newest - index
-    return document.end  # all of them are new
+    return document.end  # all messages are new
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -276,7 +289,7 @@ def _start_after(document: Document, last: Any) -> int:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    if len(result) != len(pairs):  # one of them would be lost at the next write
+    if len(result) != len(pairs):  # one of the values would be lost at the next write
         raise _MalformedError("an object has a key twice")
     return result
 
@@ -326,7 +339,7 @@ def _checksum(message: Any) -> int:
 
 def _typed(value: Any, kind: type[T], name: str) -> T:
     if type(value) is not kind:
-        raise _MalformedError(f"{name} is not of the type {kind.__name__}")
+        raise _MalformedError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
     return value
 
 

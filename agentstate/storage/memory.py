@@ -27,7 +27,7 @@ from ..operations import (
     kept_answer,
 )
 from .base import Settle, StateStorage, check_deadline, now_microseconds
-from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve
+from .resolve import Effects, Image, check_owner, expiry, only_adds, resolve, without_content
 
 _COMPACT: Final = 64
 """A list of messages is made anew where more than half of it, and more than so many, are gone."""
@@ -48,10 +48,10 @@ class _Context(Image):
     __slots__ = ("base", "chain", "forget_at", "messages")
 
     def __init__(self) -> None:
+        self.chain: Any = None
         super().__init__()
         self.messages: list[bytes] = []
         self.base = 0
-        self.chain: Any = None
         self.forget_at: float | None = None
 
     def read(self, first: int, stop: int) -> list[bytes]:
@@ -79,9 +79,21 @@ class _Context(Image):
         while len(kept) < REMEMBERED_COMMITS - 1:
             kept.append(link[:2])
             link = link[2]
+        self._chain_up(kept)
+
+    def _chain_up(self, commits: list[tuple[str, Answer]]) -> None:
+        """Remember these commits alone, given from the newest to the oldest."""
         self.chain = None
-        for count, (commit_id, answer) in enumerate(reversed(kept), 1):
+        for count, (commit_id, answer) in enumerate(reversed(commits), 1):
             self.chain = (commit_id, answer, self.chain, count)
+
+    def forget_answers(self) -> None:
+        kept: list[tuple[str, Answer]] = []
+        link = self.chain
+        while link is not None:
+            kept.append((link[0], without_content(link[1])))
+            link = link[2]
+        self._chain_up(kept)
 
     def with_added(self, commit: Commit, now: int, ttl: float | None) -> _Context:
         """The context after a commit that `only_adds`.
@@ -156,6 +168,7 @@ class _Context(Image):
         """The context without anything but its remembered commits."""
         new = _Context()
         new.chain = self.chain
+        new.forget_answers()
         new.forget_at = time.monotonic() + REMEMBER_CLEARED
         return new
 

@@ -71,8 +71,12 @@ class Image:
         self.start = 0
         self.end = 0
         self.expires: int | None = None
-        if any(self.commits.values()):  # answers may tell what the context held
-            self.commits = {commit_id: _without_content(answer) for commit_id, answer in self.commits.items()}
+        self.forget_answers()
+
+    def forget_answers(self) -> None:
+        """Keep of the remembered commits what does not tell what the context held."""
+        if any(self.commits.values()):
+            self.commits = {commit_id: without_content(answer) for commit_id, answer in self.commits.items()}
 
     def lives(self, now: int) -> bool:
         """Whether the context exists and has not expired."""
@@ -218,7 +222,7 @@ def only_adds(commit: Commit, image: Image) -> bool:
     return bool(changes)
 
 
-def _without_content(answer: Answer) -> Answer:
+def without_content(answer: Answer) -> Answer:
     """What is remembered of an answer once the context is gone: nothing that was stored in it."""
     return answer if answer in (b"", TRUE, FALSE) else ALREADY_APPLIED
 

@@ -1,9 +1,9 @@
-"""Pictures of the terminal, docs/pictures/*.svg: what commands really print about conversations that are really stored.
+"""Draws docs/pictures/*.svg: the real output of commands on a terminal.
 
 python docs/make/pictures.py (tox -e pictures)
 
-Each command runs on a terminal of its own, in a temporary folder and on a Valkey server that is started for it; rich
-draws what it wrote. Replaced is only what belongs to this machine: the folder, and the address of the server.
+Each command runs on a pseudo-terminal, in a temporary folder with real conversations and on a Valkey server that is
+started for it; rich draws its output. Only the names of the folder and the server are replaced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from servers import ValkeyServer, find_server  # noqa: E402
 _COLUMNS: Final = 100
 _CONTEXTS: Final = 3000
 
-# That of rich fetches a font from elsewhere.
+# The template of rich fetches a font from a server.
 _SVG: Final = """\
 <svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -85,7 +85,7 @@ _ALICE: Final = (
 
 
 def archive() -> Iterator[dict[str, Any]]:
-    """Conversations of all ages and lengths, as `agentstate import` reads them."""
+    """Conversations of different ages and lengths, as lines for `agentstate import`."""
     now = datetime.now(UTC)
     chance = random.Random(4711)
     yield conversation("alice", "u-alice", now - timedelta(minutes=3), _ALICE) | {
@@ -114,7 +114,7 @@ def conversation(context_id: str, owner: str | None, updated: datetime, said: An
 
 
 def damage(path: Path) -> None:
-    """Turn one bit in the last line of a file, as an ageing flash chip does."""
+    """Flip one bit in the last line of a file."""
     data = bytearray(path.read_bytes())
     data[data.rindex(b'"content"') + 12] ^= 1
     path.write_bytes(bytes(data))
@@ -124,7 +124,7 @@ def damage(path: Path) -> None:
 
 
 def printed(*arguments: str, talk: tuple[str, ...] = ()) -> str:
-    """All that a command writes to its terminal, where `talk` is typed at its prompts."""
+    """Everything a command writes to its terminal while `talk` is typed at its prompts."""
     child = pexpect.spawn(
         COMMAND[0],
         [*COMMAND[1:], *arguments],
@@ -147,7 +147,7 @@ def printed(*arguments: str, talk: tuple[str, ...] = ()) -> str:
 
 
 def settled(shown: str) -> tuple[str, list[str]]:
-    """What is left on the terminal in the end, and all drawings of a bar, which are erased again."""
+    """The final content of the terminal, and all states of the progress bar."""
     lines, bars = [""], []
     row = 0
     start = False
@@ -180,7 +180,7 @@ def draw(name: str, command: str, output: str) -> None:
 
 
 def _without_blanks(match: re.Match[str]) -> str:
-    """Text that begins where its first letter is: not every program shows blanks before it."""
+    """A text without leading blanks, moved to its first letter: some programs ignore blanks."""
     before = match["before"].count(_BLANK)
     length = len(html.unescape(match["text"]))
     x = float(match["x"]) + before * _CHARACTER

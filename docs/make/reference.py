@@ -1,4 +1,4 @@
-"""The reference of the public names as Markdown, made from their signatures and docstrings.
+"""The reference of the public names as Markdown, generated from their signatures and docstrings.
 
 python docs/make/reference.py > docs/api.md
 """
@@ -21,9 +21,9 @@ from agentstate.testing import StorageContract
 _INTRODUCTION = """\
 # API
 
-Everything that is public, by what it is for. The [guide](concepts.md) explains it, with examples that run.
+All public names, grouped by purpose. The [guide](concepts.md) explains them with examples.
 
-Names without a module are imported from `agentstate`. This page is made from the docstrings
+Names without a module are imported from `agentstate`. This page is generated from the docstrings
 (`python docs/make/reference.py`).
 """
 
@@ -35,9 +35,9 @@ def _classes_of(module: ModuleType) -> tuple[type, ...]:
 
 
 _TWINS = (
-    "Every operation of `SyncConversationContext` is one of `ConversationContext` too, to be awaited there: the same "
-    "name, parameters, defaults and meaning. `list_contexts` and `iter_history` are async iterators there, and `batch` "
-    "and `turn` async context managers."
+    "`ConversationContext` has the operations of `SyncConversationContext` as coroutines, with the same names, "
+    "parameters, defaults and meaning. Its `list_contexts` and `iter_history` are async iterators, its `batch` and "
+    "`turn` async context managers."
 )
 
 SECTIONS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
@@ -46,7 +46,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         _TWINS,
         (agentstate.SyncConversationContext, agentstate.ConversationContext, batches.Batch, batches.Turn),
     ),
-    ("What is read", "", (agentstate.ConversationState, agentstate.Message)),
+    ("Data", "", (agentstate.ConversationState, agentstate.Message)),
     (
         "Handlers",
         "",
@@ -64,7 +64,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         (agentstate.InMemoryStorage, agentstate.FileStorage, agentstate.ValkeyStorage, agentstate.register_storage),
     ),
     (
-        "What a storage did",
+        "Statistics and telemetry",
         "In `agentstate.storage.statistics` and `agentstate.telemetry`: [with examples](observability.md).",
         (*_classes_of(statistics), telemetry.instrument),
     ),
@@ -75,31 +75,31 @@ SECTIONS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         (transfer.migrate, transfer.export_contexts, transfer.import_contexts, transfer.Report, transfer.Result),
     ),
     (
-        "Backends of your own",
-        "How to write one has [a page of its own](writing-a-backend.md).",
+        "Your own backends",
+        "See [Writing a backend](writing-a-backend.md).",
         (agentstate.StateStorage, agentstate.DocumentStorage, StorageContract),
     ),
     (
         "Operations as data",
-        "In `agentstate.operations`: what a storage is asked for, and answers.",
+        "In `agentstate.operations`: the operations on a storage and their outcomes.",
         _classes_of(operations),
     ),
     (
         "Errors",
-        "[What each means](errors.md) for the caller.",
+        "See [Errors](errors.md) for what each means for the caller.",
         _classes_of(errors),
     ),
-    ("For AgentUp's code", "In `agentstate.compat`.", (compat.install,)),
+    ("Compatibility with AgentUp", "In `agentstate.compat`.", (compat.install,)),
 )
 
 _METHODS = {
     agentstate.ConversationContext: ("aclose",),  # the others are those of SyncConversationContext
     StorageContract: ("make_storage",),  # the others are tests, and what they share
 }
-"""Which methods of a class are told, where that is not all of them."""
+"""The methods that are described of a class, if not all of them."""
 
 _NOT_CALLED = {agentstate.Message, batches.Batch, batches.Turn, StorageContract, *_classes_of(statistics)}
-"""Classes whose objects users get, and do not make."""
+"""Classes that users do not instantiate."""
 
 
 def markdown() -> str:
@@ -123,14 +123,14 @@ def _described(thing: Any) -> Iterator[str]:
     yield from _paragraphs(thing)
     if inspect.isclass(thing):
         for name, method in inspect.getmembers(thing, inspect.isroutine):
-            if _is_told_here(thing, name, method):
+            if _is_described_here(thing, name, method):
                 yield f"#### {thing.__name__}.{name}\n"
                 yield indent(_call(name, method), "    ") + "\n"
                 yield from _paragraphs(method)
 
 
-def _is_told_here(cls: type, name: str, method: Any) -> bool:
-    """Whether it is a public method of ours that is not told where another class of this page is described."""
+def _is_described_here(cls: type, name: str, method: Any) -> bool:
+    """Whether it is a public method of ours that is not described with a base class on this page."""
     if name.startswith("_") or name not in _METHODS.get(cls, (name,)):
         return False
     bases = (base for base in cls.__mro__[1:] if any(base in things for _, _, things in SECTIONS))

@@ -1,7 +1,6 @@
-"""Hooks of mkdocs: what the pages link to outside of docs/ becomes part of the site, and its links are checked offline.
+"""Hooks of mkdocs: add what the pages link to outside of docs/ to the site, and check its links offline.
 
-The pages are written for a code host, where ``../examples/sync_script.py`` is a link that works. On the site, each
-example is a page of its own.
+On a code host a link to ``../examples/sync_script.py`` works. On the site, each example becomes a page of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _FETCHED_BY_CSS = re.compile(r"url\(\s*['\"]?((?:https?:)?//[^)'\"]+)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:
-    """Add the changes, the examples, and what else pages link to."""
+    """Add the changes, the examples, and other files that pages link to."""
     files.append(File.generated(config, "changes.md", content=_text(ROOT / "CHANGELOG.md")))
     examples = sorted((ROOT / "examples").glob("*.py"))
     linked = {ROOT / path for file in files.documentation_pages() for path in _OUTSIDE.findall(file.content_string)}
@@ -49,7 +48,7 @@ def _purpose(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links out of docs/ to the pages that stand for what is there."""
+    """Replace links out of docs/ by links to the pages of these files."""
     return _OUTSIDE.sub(lambda match: f"]({_page_of(match[1])}", markdown)
 
 
@@ -59,7 +58,7 @@ def _page_of(path: str) -> str:
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """Fail for links inside the built site that lead nowhere, and for anything that a browser would fetch elsewhere."""
+    """Fail for broken links inside the built site, and for anything that a browser would fetch from another host."""
     site = Path(config.site_dir)
     pages = {path: _Links(_text(path)) for path in sorted(site.rglob("*.html"))}
     problems = [f"{path.relative_to(site)}: {problem}" for path in pages for problem in _problems(path, pages, site)]
@@ -71,7 +70,7 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 
 
 class _Links(HTMLParser):
-    """What a page links to, what it loads, and its anchors."""
+    """The links, the loaded resources and the anchors of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ def _problems(path: Path, pages: dict[Path, _Links], site: Path) -> Iterator[str
         if _elsewhere(url):
             continue
         address, anchor = urldefrag(unquote(url))
-        # The page for what was not found can be anywhere, so its links begin at the root.
+        # The 404 page is shown at any address, so its links begin at the root.
         start = site if address.startswith("/") else path.parent
         target = (start / address.lstrip("/")).resolve() if address else path
         target = target / "index.html" if target.is_dir() else target

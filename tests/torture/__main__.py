@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="this part of the long run (0.01: a hundredth)")
     parser.add_argument("--minutes", type=float, help="end after so long (and the seeded bugs), complete or not")
     parser.add_argument(
-        "--state", type=Path, metavar="FILE", help="take up the run that this file tells of; keep it there"
+        "--state", type=Path, metavar="FILE", help="resume the run in this file, if it exists; save the run there"
     )
     parser.add_argument(
         "--report", type=Path, metavar="PAGE", help="write the figures to this page (docs/reliability.md)"

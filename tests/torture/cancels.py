@@ -1,4 +1,4 @@
-"""Tasks that are cancelled, loops that are closed, interpreters that end: never half, and nothing changes later."""
+"""Tasks that are cancelled, loops that are closed, interpreters that exit: a call takes full effect or none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cancels(
     make: Callable[[], StateStorage],
     disturb: Callable[[Random], None] | None = None,
 ) -> None:
-    """`rounds` calls, each cancelled after some passes of the loop or some time, on many loops after each other.
+    """`rounds` calls, each cancelled after some passes of the loop or some time, on a sequence of event loops.
 
     Those of several conversations are under way at a time, so that they wait for each other, and travel together.
     `disturb` asks for a fault that makes the library try again.
@@ -63,7 +63,7 @@ async def _on_a_loop(
     figures: Figures,
     disturb: Callable[[Random], None] | None,
 ) -> None:
-    # Which of them comes first depends on the machine, so each has dice of its own.
+    # Their order depends on the machine, so each has a random generator of its own.
     conversations = [
         _Cancelled(context, f"cancel-{random.getrandbits(32)}", Random(random.random()), figures, disturb)
         for _ in range(_CONVERSATIONS)
@@ -72,7 +72,7 @@ async def _on_a_loop(
 
 
 class _Cancelled:
-    """A conversation, whose every call is cancelled at some moment."""
+    """A conversation of which every call is cancelled at some moment."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _Cancelled:
         try:
             answer = await task
         except asyncio.CancelledError as cancelled:
-            # Known or not, it happened whole or not at all; and what is so now, stays so.
+            # It was applied as a whole or not at all, and does not change afterwards.
             self.figures.unknown += isinstance(cancelled.__cause__, StateOutcomeUnknownError)
             self.possible = distinct([*self.possible, *(model for model, _ in after)])
         except StateError as error:
@@ -136,7 +136,7 @@ class _Cancelled:
 
 
 def cancels_on_a_bad_line(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer) -> None:
-    """The same through a proxy that cuts connections, so that calls are cancelled while they are tried again."""
+    """The same through a proxy that cuts connections, so that calls are cancelled during retries."""
     with FaultProxy(HOST, server.port) as proxy:
 
         def disturb(random: Random) -> None:
@@ -194,7 +194,7 @@ else:
 
 
 def exits(random: Random, rounds: int, figures: Figures) -> None:
-    """`rounds` interpreters that end with writes pending: by themselves, by SIGTERM (handled or not), by SIGINT."""
+    """`rounds` interpreters that exit with pending writes: at their end, by SIGTERM (handled or not), by SIGINT."""
     with scratch(disk=True) as folder:
         for number in range(rounds):
             place = folder / str(number)
@@ -234,19 +234,19 @@ def _let_it_write(place: str, way: str, random: Random, figures: Figures) -> lis
         child.wait()
         watchdog.cancel()
     figures.took(time.monotonic() - begin, 5.0, f"the end of an interpreter ({way})")
-    # Its last line may be half a line.
+    # Its last line may be incomplete.
     return [json.loads(line) for line in lines if line.endswith(b"]")]
 
 
-def _compare(storage: StateStorage, told: list[list[Any]], way: str, figures: Figures) -> None:
+def _compare(storage: StateStorage, reported: list[list[Any]], way: str, figures: Figures) -> None:
     with SyncConversationContext(storage) as context:
         history = context.get_history("alice")
         context.add_to_history("alice", "after", 1)
-    figures.calls += sum(what == "done" for what, _, _ in told)
-    for writer in {writer for _, writer, _ in told}:
+    figures.calls += sum(what == "done" for what, _, _ in reported)
+    for writer in {writer for _, writer, _ in reported}:
         stored = [message["content"] for message in history if message["role"] == f"w{writer}"]
-        done = sum(line[:2] == ["done", writer] for line in told)
-        begun = sum(line[:2] == ["begun", writer] for line in told)
+        done = sum(line[:2] == ["done", writer] for line in reported)
+        begun = sum(line[:2] == ["begun", writer] for line in reported)
         when = f"exit by {way}, writer {writer}: {len(stored)} stored, {done} acknowledged, {begun} begun"
         if len(stored) < done:
             figures.lose(when)
@@ -254,7 +254,14 @@ def _compare(storage: StateStorage, told: list[list[Any]], way: str, figures: Fi
             figures.double(when)
 
 
-_KINDS: Final = ("raises", "is told unknown", "loses its store", "generates", "awaits and raises", "is cancelled")
+_KINDS: Final = (
+    "raises",
+    "gets an unknown outcome",
+    "loses its store",
+    "generates",
+    "awaits and raises",
+    "is cancelled",
+)
 
 
 def handlers(random: Random, rounds: int, figures: Figures) -> None:
@@ -274,7 +281,7 @@ def handlers(random: Random, rounds: int, figures: Figures) -> None:
             except (ArithmeticError, asyncio.CancelledError, StateError):
                 pass
             else:
-                figures.fail_silently(f"nobody heard of the error of a handler that {kind}")
+                figures.fail_silently(f"the error was lost of a handler that {kind}")
             figures.took(time.monotonic() - begin, 5.0, f"a handler that {kind}")
             if len(calls) != 1:
                 figures.double(f"a handler that {kind} was called {len(calls)} times ({options})")
@@ -300,8 +307,8 @@ def _run_handler(kind: str, states: Path, options: dict[str, Any], task: Any, ca
             context.add_to_history(context_id, "user", "before")
             if kind == "raises":
                 raise ArithmeticError
-            if kind == "is told unknown":
-                # A store that fails under way is no reason to run the handler again.
+            if kind == "gets an unknown outcome":
+                # The handler is not run again when its store fails.
                 raise StateOutcomeUnknownError("sent, but not confirmed", context_id=context_id, commit_id="x")
             states.rename(states.with_name("lost-" + states.name))
             context.add_to_history(context_id, "user", "after")

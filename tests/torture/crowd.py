@@ -55,26 +55,26 @@ def crowd(
                     os._exit(status)
             os.close(write)
             pipes.append((pid, read))
-        told: list[list[Any]] = []
+        reported: list[list[Any]] = []
         for pid, read in pipes:
             with os.fdopen(read) as pipe:
-                told += [json.loads(line) for line in pipe]
+                reported += [json.loads(line) for line in pipe]
             if os.waitpid(pid, 0)[1] != 0:
                 figures.fail_silently("a process of the crowd failed")
         with SyncConversationContext(make()) as context:
-            _judge(context, told, figures, rounds, processes, threads)
+            _judge(context, reported, figures, rounds, processes, threads)
             context.clear_context(_ID)
 
 
 class _Process:
-    """The threads of one process: writers through both contexts, and a reader that looks for halves."""
+    """The threads of one process: writers through both contexts, and a reader that looks for partial commits."""
 
     def __init__(self, storage: StateStorage, process: int, threads: int, rounds: int) -> None:
         self.storage = storage
         self.process = process
         self.threads = threads
         self.rounds = rounds
-        self.told: list[list[Any]] = []  # what, writer, number, begin, end, answer
+        self.reported: list[list[Any]] = []  # what, writer, number, begin, end, answer
         self.writing = threads
 
     def run(self) -> list[list[Any]]:
@@ -85,7 +85,7 @@ class _Process:
         for worker in workers:
             worker.join()
         self.storage.close()
-        return self.told
+        return self.reported
 
     def _thread(self, number: int) -> None:
         writer = f"{self.process}.{number}"
@@ -94,13 +94,13 @@ class _Process:
                 asyncio.run(self._write_async(ConversationContext(self.storage), writer))
             else:
                 self._write(SyncConversationContext(self.storage), writer)
-        except BaseException as error:  # noqa: BLE001 - told to the parent, which counts it
-            self.told.append(["error", writer, 0, 0, 0, f"{type(error).__name__}: {error}"])
+        except BaseException as error:  # noqa: BLE001 - reported to the parent, which counts it
+            self.reported.append(["error", writer, 0, 0, 0, f"{type(error).__name__}: {error}"])
         finally:
             self.writing -= 1
 
     def _tell(self, what: str, writer: str, number: int, begin: float, answer: Any = None) -> None:
-        self.told.append([what, writer, number, begin, time.monotonic(), answer])
+        self.reported.append([what, writer, number, begin, time.monotonic(), answer])
 
     def _write(self, context: SyncConversationContext, writer: str) -> None:
         for number in range(self.rounds):
@@ -151,7 +151,7 @@ class _Process:
             try:
                 state = context.get_state(_ID, history_limit=6)
             except StateError as error:
-                self.told.append(["error", "reader", 0, 0, 0, str(error)])
+                self.reported.append(["error", "reader", 0, 0, 0, str(error)])
                 return
             self._tell("read", "reader", 0, begin)
             if state is None:
@@ -159,9 +159,9 @@ class _Process:
             one, other = state.variables.get("left"), state.variables.get("right")
             halves = [m["content"] for m in state.history[1:] if isinstance(m["content"], str)]
             if one != other or state.metadata.get("pair", one) != one or state.revision < revision:
-                self.told.append(["half", "reader", 0, 0, 0, f"{one} {other} {state.revision} after {revision}"])
+                self.reported.append(["half", "reader", 0, 0, 0, f"{one} {other} {state.revision} after {revision}"])
             if len([half for half in halves if half[0] == "<"]) - len([half for half in halves if half[0] == ">"]) > 0:
-                self.told.append(["half", "reader", 0, 0, 0, f"messages {halves}"])
+                self.reported.append(["half", "reader", 0, 0, 0, f"messages {halves}"])
             revision = state.revision
 
 
@@ -176,14 +176,14 @@ def _pair(batch: Any, writer: str, number: int) -> None:
 
 def _judge(
     context: SyncConversationContext,
-    told: list[list[Any]],
+    reported: list[list[Any]],
     figures: Figures,
     rounds: int,
     processes: int,
     threads: int,
 ) -> None:
-    kinds = Counter(line[0] for line in told)
-    for what, writer, _, begin, end, answer in told:
+    kinds = Counter(line[0] for line in reported)
+    for what, writer, _, begin, end, answer in reported:
         if what in ("error", "half"):
             figures.fail_silently(f"{what} {writer}: {answer}")
         else:
@@ -197,10 +197,10 @@ def _judge(
             figures.lose(f"{variable} is {value} after {kinds[kind]}")
         elif value > kinds[kind]:
             figures.double(f"{variable} is {value} after {kinds[kind]}")
-    _judge_messages(state.history, told, figures)
-    # One order of all increments agrees with their answers and with the clock.
+    _judge_messages(state.history, reported, figures)
+    # There is one order of all increments that agrees with their answers and with the clock.
     latest = 0.0
-    answers = sorted((line for line in told if line[0] == "increment"), key=lambda line: int(line[5]))
+    answers = sorted((line for line in reported if line[0] == "increment"), key=lambda line: int(line[5]))
     if [line[5] for line in answers] != list(range(1, len(answers) + 1)):
         figures.double("two increments had the same answer")
     for _, _, _, begin, end, answer in answers:
@@ -209,7 +209,7 @@ def _judge(
         latest = max(latest, begin)
 
 
-def _judge_messages(history: Any, told: list[list[Any]], figures: Figures) -> None:
+def _judge_messages(history: Any, reported: list[list[Any]], figures: Figures) -> None:
     stored: dict[str, list[Any]] = {}
     for message in history:
         stored.setdefault(message["role"], []).append(message["content"])
@@ -218,10 +218,10 @@ def _judge_messages(history: Any, told: list[list[Any]], figures: Figures) -> No
         if begin[0] != "<" or end != ">" + begin[1:]:
             figures.fail_silently(f"a batch was interrupted: {begin} {end}")
     expected: dict[str, list[Any]] = {}
-    for what, writer, number, *_ in told:
+    for what, writer, number, *_ in reported:
         if what == "add":
             expected.setdefault(writer, []).append(number)
-    done = sorted(f"<{writer}:{number}" for what, writer, number, *_ in told if what == "batch")
+    done = sorted(f"<{writer}:{number}" for what, writer, number, *_ in reported if what == "batch")
     for name, seen, wanted in [
         ("batches", sorted(pairs[::2]), done),
         *((writer, stored.get(writer, []), numbers) for writer, numbers in expected.items()),

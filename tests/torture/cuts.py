@@ -27,7 +27,7 @@ def cuts(
     """`rounds` faults between a client and `server`. Every call is insisted on: it takes effect exactly once."""
     with FaultProxy(HOST, server.port) as proxy:
         through = _context(proxy.port, server, prefix, deadline=3.0, **options)
-        hasty = _context(proxy.port, server, prefix, deadline=0.05, **options)
+        impatient = _context(proxy.port, server, prefix, deadline=0.05, **options)
         direct = _context(server.port, server, prefix, **options)
         cutter = _Cutter(proxy, random)
         for number in count():
@@ -42,12 +42,12 @@ def cuts(
                 waits = random.random() < 0.03
                 if waits:
                     # (On a connection that stands, or only its greeting would be late.)
-                    witness.look(hasty)
+                    witness.look(impatient)
                     kind = _ask_for_silence(proxy, random)
                 else:
                     kind = cutter.ask(step.name)
                 before = proxy.fired
-                error = witness.call(hasty if waits else through, step, insist=True)
+                error = witness.call(impatient if waits else through, step, insist=True)
                 figures.faults += proxy.fired - before
                 cutter.learn(step.name)
                 proxy.calm()
@@ -60,7 +60,7 @@ def cuts(
             time.sleep(0.06)  # longer than anything arrives late
             witness.look(direct, "after all late copies")
             direct.clear_context(witness.context_id)
-        for context in (through, hasty, direct):
+        for context in (through, impatient, direct):
             context.close()
 
 

@@ -1,4 +1,4 @@
-"""Files that were cut short, in which a bit changed, or whose lines are not where they were written."""
+"""Files that were truncated, in which a bit was flipped, or whose lines were moved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Written:
         fsync: str = "",
         layout: str = "log",
         name: str = "alice",
-        telling: bool = False,
+        appending: bool = False,
     ) -> None:
         self.random = random
         self.folder = folder
@@ -40,14 +40,14 @@ class _Written:
         self.layout = layout
         self.file = folder / (f"{name}.jsonl" if layout == "log" else f"{name}.json")
         self.after: list[tuple[int, Model]] = [(0, Model())]  # (size of the file, what is stored)
-        self.ever: list[str] = []  # all messages that there ever were
+        self.ever: list[str] = []  # all messages that were ever stored
         supply = Steps(random, clears=False, large=large)
         model = Model()
         made = 0
         while made < steps or len(self.after) < 2:
-            # (Of a last line that says nothing new, nobody could tell that it is gone.)
+            # (The loss of a last line that changes nothing could not be noticed.)
             last = made == steps - 1
-            step = Step("add_to_history", ("user", supply.content())) if last and telling else next(supply)
+            step = Step("add_to_history", ("user", supply.content())) if last and appending else next(supply)
             perform(context, name, step)
             before = set(model.history)
             model = model.after(step)[0]
@@ -77,7 +77,7 @@ class _Written:
 
 
 def torn_ends(random: Random, rounds: int, figures: Figures) -> None:
-    """The file cut at every byte of its last record: what was acknowledged before is there, and life goes on."""
+    """The file cut at every byte of its last record: what was acknowledged before is there, and can be written to."""
     with scratch() as folder:
         number = 0
         while figures.faults < rounds:
@@ -95,7 +95,7 @@ def torn_ends(random: Random, rounds: int, figures: Figures) -> None:
 
 
 def _some(places: Sequence[int], random: Random) -> Sequence[int]:
-    """All of them, or, of very many, those near the ends and others between."""
+    """All of them, or if there are very many, those near the ends and some between."""
     return places if len(places) <= 600 else sorted({*places[:200], *places[-200:], *random.sample(places, 200)})
 
 
@@ -112,7 +112,7 @@ def _goes_on(written: _Written, expected: Model, when: str, figures: Figures) ->
 
 
 def torn_documents(random: Random, rounds: int, figures: Figures) -> None:
-    """A document cut at every byte: refused, and left as it is. (Agentstate tears none; others do.)"""
+    """A document cut at every byte is refused and left as it is. (Other programs may write incomplete documents.)"""
     with scratch() as folder:
         number = 0
         while figures.faults < rounds:
@@ -136,7 +136,7 @@ def flipped_bits(random: Random, rounds: int, figures: Figures) -> None:
         while figures.faults < rounds:
             number += 1
             large = number % 3 == 0
-            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large, telling=True)
+            written = _Written(folder / str(number), random, steps=60 if large else 8, large=large, appending=True)
             bits = range(8 * len(written.data))
             chosen = list(bits) if not large and len(bits) <= rounds else random.sample(bits, min(len(bits), 2000))
             newlines = [8 * index + bit for index, byte in enumerate(written.data) if byte == 10 for bit in range(8)]
@@ -153,7 +153,7 @@ def flipped_bits(random: Random, rounds: int, figures: Figures) -> None:
 
 
 def moved_lines(random: Random, rounds: int, figures: Figures) -> None:
-    """Whole lines, each of them intact, are where they were not written; or a piece in the middle reads as NULs."""
+    """Whole intact lines are moved, or a part in the middle is replaced by NULs."""
     with scratch() as folder:
         number = 0
         while figures.faults < rounds:
@@ -175,7 +175,7 @@ def moved_lines(random: Random, rounds: int, figures: Figures) -> None:
 
 
 def _rearranged(lines: list[bytes], others: list[bytes], flushed: int, random: Random) -> tuple[str, bytes]:
-    """What happened to the lines, and what the file holds now.
+    """What was done to the lines, and the new content of the file.
 
     Not its end cut off, nor a hole behind `flushed`, in what was written last: that is what a crash leaves.
     """
@@ -203,7 +203,7 @@ def _rearranged(lines: list[bytes], others: list[bytes], flushed: int, random: R
 
 
 def _noticed(written: _Written, data: bytes, when: str, random: Random, figures: Figures) -> bool:
-    """Put `data` in the place of the file. Whether that is noticed; else everything has to be as it was written."""
+    """Replace the file by `data`. Returns whether that is noticed; if not, everything must read as it was written."""
     written.file.write_bytes(data)
     witness = Witness(figures, "alice")
     witness.possible = [written.model]
@@ -211,14 +211,14 @@ def _noticed(written: _Written, data: bytes, when: str, random: Random, figures:
         _read_a_part(context, written.model, when, random, figures)
     with written.open() as context:
         error = witness.look(context, when)
-        if error is None:  # in what is superseded: nothing that can be read depends on it
+        if error is None:  # in superseded data: nothing that can be read depends on it
             _goes_on(written, written.model, f"{when}, unnoticed", figures)
             return False
     if not isinstance(error, StateCorruptedError):
         figures.fail_silently(f"{when}: {error!r}")
     with written.open() as context:
         error = witness.call(context, Step("add_to_history", ("user", "behind it")))
-    # A write need not look at everything; but it does not touch what it has not understood.
+    # A write need not read everything, but must not change what it could not read.
     after = written.file.read_bytes()
     if not isinstance(error, StateCorruptedError | None) or (error is not None and after != data):
         figures.fail_silently(f"{when}: noticed by a read, and the write after it: {error!r}")
@@ -230,7 +230,7 @@ def _noticed(written: _Written, data: bytes, when: str, random: Random, figures:
 
 
 def _read_a_part(context: SyncConversationContext, model: Model, when: str, random: Random, figures: Figures) -> None:
-    """A read that need not look at everything may not notice; but what it answers is true."""
+    """A read that need not read everything may not notice, but its result must be right."""
     limit = random.randint(1, 5)
     before = random.randint(model.start, model.start + len(model.history))
     key = random.choice("abmn")
@@ -256,7 +256,7 @@ def _read_a_part(context: SyncConversationContext, model: Model, when: str, rand
 
 
 def _salvaged(written: _Written, place: int, when: str, figures: Figures) -> None:
-    """A repair saves all but what the damaged line says, and keeps the damaged file."""
+    """A repair keeps everything except the damaged line, and a copy of the damaged file."""
     damaged = written.file.read_bytes()
     lines = written.data.splitlines(keepends=True)
     hit: set[str] = set()

@@ -1,4 +1,4 @@
-"""A primary that dies, and its replica that takes over."""
+"""A primary that is killed, and its replica that takes over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The four figures, and what else a run has to say."""
+"""The results of a run: the four figures, and notes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NOTES: Final = 20
 
 
 def moment() -> float:
-    """A reading of a clock that stands still while the system has no processor for this thread.
+    """A clock, in seconds, that does not count the time in which this thread waits for a processor.
 
-    For who measures how long a call takes: on a loaded machine that says nothing about the library.
+    To measure how long a call takes: on a loaded machine, that time says nothing about the library.
     """
     now = time.monotonic()
     try:
@@ -25,7 +25,7 @@ def moment() -> float:
 
 @dataclass
 class Figures:
-    """What a run saw. L, D, S and H are the four that have to be zero."""
+    """What a run counted. L, D, S and H must be zero."""
 
     name: str
     seed: int
@@ -38,7 +38,7 @@ class Figures:
     silent: int = 0
     hanging: int = 0
     slowest: float = 0.0
-    """Seconds past its deadline of the call that overstayed most (at most 0: none did)."""
+    """How many seconds the slowest call took longer than its deadline (0 or less: none did)."""
     notes: list[str] = field(default_factory=list)
 
     @property

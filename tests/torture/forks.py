@@ -18,18 +18,18 @@ from .witness import Witness
 
 _CALLS = 5
 _CHILDREN = 4
-_PATIENCE = 20.0
+_DEADLINE = 20.0
 
 
 def forks(random: Random, rounds: int, figures: Figures, *, make: Callable[..., StateStorage]) -> None:
-    """`rounds` forks: parent and child both go on with the same storage object, and neither has what is the other's.
+    """`rounds` forks: parent and child both keep using the storage object, and neither sees data of the other.
 
     To be run in a process of its own: it forks.
     """
     number = 0
     while figures.faults < rounds:
         number += 1
-        storage = make(deadline=_PATIENCE)
+        storage = make(deadline=_DEADLINE)
         _Parent(storage, f"{number}-{random.getrandbits(24)}", random, figures).run()
         storage.close()
 
@@ -65,7 +65,7 @@ class _Parent:
                 begin = time.monotonic()
                 if os.waitpid(pid, 0)[1] != 0:
                     self.figures.fail_silently("a forked child failed")
-                self.figures.took(time.monotonic() - begin, _PATIENCE, "a forked child")
+                self.figures.took(time.monotonic() - begin, _DEADLINE, "a forked child")
         finally:
             self.done.set()
             for worker in workers:

@@ -34,7 +34,7 @@ def holders(random: Random, rounds: int, figures: Figures) -> None:
 
 
 def _holder(folder: Path, before: str) -> int:
-    """A child that holds the lock of "alice": it stands still in the call `before` of its second commit."""
+    """A child that holds the lock of "alice": it pauses in the call `before` of its second commit."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -61,7 +61,7 @@ def _holder(folder: Path, before: str) -> int:
 
 
 def killed(folder: Path, random: Random, figures: Figures) -> None:
-    """Whoever waits for the lock of a process that is killed has it at once."""
+    """A process that waits for the lock of a killed process gets it at once."""
     pid = _holder(folder, random.choice(("write", "sync")))
     with SyncConversationContext(FileStorage(folder, deadline=5.0)) as context:
         threading.Timer(0.1, lambda: os.kill(pid, signal.SIGKILL)).start()
@@ -78,7 +78,7 @@ def killed(folder: Path, random: Random, figures: Figures) -> None:
 
 
 def stopped(folder: Path, random: Random, figures: Figures) -> None:
-    """A process that stands still keeps its lock: the others time out, and change nothing."""
+    """A stopped process keeps its lock: the others time out, and change nothing."""
     pid = _holder(folder, random.choice(("write", "sync")))
     try:
         os.kill(pid, signal.SIGSTOP)
@@ -126,7 +126,7 @@ def without_flock(folder: Path, random: Random, figures: Figures) -> None:
 
 
 def removed(folder: Path, random: Random, figures: Figures) -> None:
-    """Lock files that were left by others, or that somebody removes under way, hinder nobody."""
+    """Lock files left behind, or removed during use, do not block any writer."""
     witness = Witness(figures, "alice")
     contexts = [SyncConversationContext(FileStorage(folder)) for _ in range(2)]
     steps = Steps(random, large=False)

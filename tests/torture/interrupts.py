@@ -1,8 +1,9 @@
-"""Signals whose handlers raise, at any moment of a call: nobody waits for ever, and the store can be used on."""
+"""Signals whose handlers raise, at any moment of a call: no caller hangs, and the store stays usable."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import signal
@@ -27,7 +28,7 @@ _USED_ON: Final = b"u"
 def interrupts(random: Random, rounds: int, figures: Figures, *, make: Callable[..., StateStorage]) -> None:
     """`rounds` processes whose main thread is interrupted in a call, as by Ctrl-C or by `sys.exit` in a handler.
 
-    (It may be told StateTimeoutError from then on, about a lock that it had just taken when it was interrupted.)
+    (A later call may raise StateTimeoutError, because of a lock that was taken when the interrupt came.)
 
     To be run in a process of its own: it forks.
     """
@@ -35,28 +36,29 @@ def interrupts(random: Random, rounds: int, figures: Figures, *, make: Callable[
         name = f"{number}-{random.getrandbits(32)}"
         figures.faults += 1
         read, write = os.pipe()
+        gc.collect()  # what is raised while the child collects our garbage, Python would ignore
         pid = os.fork()
         if pid == 0:
             _be_interrupted(make(deadline=_DEADLINE), name, number % 3 == 0, write)
         os.close(write)
-        told = os.read(read, 2)
+        reported = os.read(read, 2)
         time.sleep(random.random() * 0.01)
         os.kill(pid, signal.SIGINT if number % 3 == 1 else signal.SIGTERM)
         begin = time.monotonic()
         while select.select((read,), (), (), 10 * _DEADLINE)[0] and (data := os.read(read, 65536)):
-            told += data
-        figures.took(time.monotonic() - begin, _DEADLINE, f"going on after an interrupt of {name}")
+            reported += data
+        figures.took(time.monotonic() - begin, _DEADLINE, f"continuing after an interrupt of {name}")
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(read)
-        if not told.endswith(_USED_ON):
+        if not reported.endswith(_USED_ON):
             figures.fail_silently(f"{name}: the store could not be used after an interrupt")
         with SyncConversationContext(make()) as context:
-            _compare(context, name, told, figures)
+            _compare(context, name, reported, figures)
 
 
-def _compare(context: SyncConversationContext, name: str, told: bytes, figures: Figures) -> None:
-    done, begun = told.count(_DONE), told.count(_BEGUN)
+def _compare(context: SyncConversationContext, name: str, reported: bytes, figures: Figures) -> None:
+    done, begun = reported.count(_DONE), reported.count(_BEGUN)
     figures.calls += done
     stored = 0
     for writer in range(_WRITERS):

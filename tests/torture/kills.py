@@ -40,7 +40,7 @@ def kills(random: Random, rounds: int, figures: Figures, *, layout: str = "log")
 
 
 def kills_of_clients(random: Random, rounds: int, figures: Figures, *, server: ValkeyServer, layout: str) -> None:
-    """The same with writers to a server, which goes on."""
+    """The same with writers to a server, which keeps running."""
     number = 0
     while figures.faults < rounds:
         number += 1
@@ -49,7 +49,7 @@ def kills_of_clients(random: Random, rounds: int, figures: Figures, *, server: V
 
 
 class _Writer:
-    """A child that makes steps, and tells through a pipe when each begins and when it is done."""
+    """A child that makes steps, and reports through a pipe when each begins and when it is done."""
 
     def __init__(self, make: Callable[..., StateStorage], name: str, seed: int, first: int) -> None:
         self.name = name
@@ -64,7 +64,7 @@ class _Writer:
             finally:
                 os._exit(1)
         os.close(write)
-        self.told = b""
+        self.reported = b""
 
     def _write(self, storage: StateStorage, pipe: int) -> None:
         context = SyncConversationContext(storage)
@@ -74,7 +74,7 @@ class _Writer:
             os.write(pipe, _DONE)
 
     def steps(self) -> Any:
-        """The same in the child and in the parent: steps on the own conversation, and on the common one."""
+        """The same in child and parent: steps on a conversation of its own, and on the common one."""
         random = Random(self.seed)
         own = Steps(random, f"{self.name}-{self.first}-", large=random.random() < 0.5)
         number = 0
@@ -86,9 +86,9 @@ class _Writer:
                 yield "common", _common(self.name, self.first, number, random)
 
     def listen(self) -> None:
-        """Read what the child has told until its pipe is empty (until it is closed, once it is dead)."""
+        """Read what the child has reported until its pipe is empty (until it is closed, once it is dead)."""
         while data := os.read(self.pipe, 65536):
-            self.told += data
+            self.reported += data
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -117,7 +117,7 @@ def _common(name: str, first: int, number: int, random: Random) -> Step:
 
 
 class _Round:
-    """Some writers, killed after a while; and then a look at everything."""
+    """Some writers, killed after a while; then everything is checked."""
 
     def __init__(self, make: Callable[..., StateStorage], number: int, random: Random, figures: Figures) -> None:
         self.make = make
@@ -146,14 +146,14 @@ class _Round:
             common = context.get_state("common")
             for writer in writers:
                 self._compare(context, writer, before[writer.name], shares[writer.name], common)
-            # Whoever comes next takes the locks of the dead at once.
+            # The next writer gets the locks of the killed ones at once.
             after = Witness(figures, "next")
             after.possible = [observed(context.get_state("next"))]
             error = after.call(context, Step("add_to_history", ("user", f"{self.number}")))
             after.look(context, f"round {self.number}")
             if error is not None:
                 figures.lose(f"round {self.number}, the next open: {error}")
-            if self.number % 16 == 0:  # the histories do not have to grow for ever
+            if self.number % 16 == 0:  # the histories need not grow without bound
                 for name in (*names, "common", "next"):
                     context.clear_context(name)
         figures.took(time.monotonic() - begin, 5.0, f"the first calls after the kill of round {self.number}")
@@ -161,10 +161,10 @@ class _Round:
     def _compare(
         self, context: SyncConversationContext, writer: _Writer, own: Model, portion: Model, common: Any
     ) -> None:
-        """What is stored is what the writer was told is done, and perhaps the step that it was killed in."""
+        """What is stored is what was acknowledged to the writer, and perhaps the step that it was killed in."""
         figures = self.figures
-        done = writer.told.count(_DONE)
-        begun = writer.told.count(_BEGUN)
+        done = writer.reported.count(_DONE)
+        begun = writer.reported.count(_BEGUN)
         figures.calls += done
         possible = {writer.name: [own], "common": [portion]}
         steps = writer.steps()
@@ -180,7 +180,7 @@ class _Round:
 
 
 def _look_for_debris(folder: Path, when: str, figures: Figures) -> None:
-    """No more than a file and perhaps a half-written successor for each conversation."""
+    """At most a file and an incomplete successor for each conversation."""
     names = [path.name for path in folder.iterdir()]
     strange = [name for name in names if not name.startswith(".") and ".json" not in name]
     spare = [name for name in names if name.endswith(".new")]
@@ -189,12 +189,12 @@ def _look_for_debris(folder: Path, when: str, figures: Figures) -> None:
 
 
 def _same(model: Model, possible: list[Model]) -> bool:
-    """Whether a writer's share agrees, whoever made the common conversation exist."""
+    """Whether a writer's share agrees, whichever writer created the common conversation."""
     return any(model.history == one.history and model.variables == one.variables for one in possible)
 
 
 def share(state: Any, name: str) -> Model:
-    """What of the common conversation is a writer's."""
+    """The part of the common conversation that a writer wrote."""
     if state is None:
         return Model()
     contents = [message["content"] for message in state.history if message["role"] == name]

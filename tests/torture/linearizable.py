@@ -1,4 +1,4 @@
-"""Whether a recorded history of concurrent calls on one conversation could have happened one after the other."""
+"""Whether a recorded history of concurrent calls on one conversation is linearizable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 def is_linearizable(calls: list[Call], first: Model | None = None) -> bool:
     """Whether there is an order of the calls that explains all answers, in which no call comes before one that had
-    ended when it began. (Wing and Gong's search; what was tried in vain is remembered.)"""
+    ended when it began. (Wing and Gong's search; states that lead nowhere are remembered.)"""
     calls = sorted(calls)
     everything = (1 << len(calls)) - 1
     tried: set[tuple[int, str]] = set()
@@ -96,7 +96,7 @@ def linearizable(
 
 
 class _Steps:
-    """What one of the threads does."""
+    """The calls of one thread."""
 
     def __init__(self, worker: int, random: Random, calls: int) -> None:
         self.worker = worker
@@ -138,7 +138,7 @@ def _work(storage: StateStorage, context_id: str, steps: _Steps, record: list[Ca
 def _work_async(storage: StateStorage, context_id: str, steps: _Steps, record: list[Call]) -> None:
     async def work() -> None:
         context = ConversationContext(storage)
-        # Two calls are under way at a time, which may travel together.
+        # Two calls are in flight at a time, and may be sent together.
         supply = iter(steps)
         await asyncio.gather(*(_one_after_another(context, context_id, supply, record) for _ in range(2)))
 

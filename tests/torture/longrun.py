@@ -1,4 +1,4 @@
-"""The long run: all scenarios in slices, as long as there is time; it can be ended and taken up again."""
+"""The long run: all scenarios in slices, until the time is over. It can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ END: Final = "<!-- the end of the latest run -->"
 
 @dataclass
 class Progress:
-    """How far a scenario is, and what it has shown."""
+    """How much of a scenario has run, and its figures."""
 
     figures: Figures
     rounds: int
-    """How many it is to make."""
+    """How many rounds it has in all."""
     made: int = 0
     slices: int = 0
     seconds: float = 0.0
@@ -42,25 +42,25 @@ class Progress:
 
 @dataclass
 class LongRun:
-    """What is to be run with one seed, and what of it was."""
+    """A run with one seed, and how much of it is done."""
 
     seed: int
     scale: float = 1.0
     begun: str = ""
     revisions: list[str] = field(default_factory=list)
-    """What was tested, one for each time that the run was taken up."""
+    """The commits that were tested, one for each time that the run was resumed."""
     progress: dict[str, Progress] = field(default_factory=dict)
     caught: dict[str, str] = field(default_factory=dict)
-    """How each seeded bug was noticed; empty: it was not."""
+    """How each seeded bug was caught; empty if it was not."""
 
     @classmethod
     def load(cls, path: Path) -> LongRun:
-        """Take up a run."""
-        said = json.loads(path.read_text())
-        said["progress"] = {
-            name: Progress(Figures(**entry.pop("figures")), **entry) for name, entry in said["progress"].items()
+        """Resume a run."""
+        loaded = json.loads(path.read_text())
+        loaded["progress"] = {
+            name: Progress(Figures(**entry.pop("figures")), **entry) for name, entry in loaded["progress"].items()
         }
-        return cls(**said)
+        return cls(**loaded)
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(path.name + ".new")
@@ -75,7 +75,7 @@ class LongRun:
         return total
 
     def run(self, names: list[str], minutes: float | None, state: Path | None) -> None:
-        """Run slices until the scenarios are complete, or the time is over: each has its share of it."""
+        """Run slices until all scenarios are complete or the time is over. Each scenario gets the same time."""
         self.begun = self.begun or _today()
         self.revisions = list(dict.fromkeys([*self.revisions, _revision()]))
         for name in names:
@@ -106,9 +106,9 @@ class LongRun:
         progress.seconds += time.monotonic() - begin
         progress.made += rounds
         progress.slices += 1
-        told = str(figures) if not figures.clean else ""
+        details = str(figures) if not figures.clean else ""
         share = progress.made / progress.rounds
-        print(f"{progress.figures}  ({share:.0%} in {progress.seconds:.0f} s)\n{told}".rstrip(), flush=True)
+        print(f"{progress.figures}  ({share:.0%} in {progress.seconds:.0f} s)\n{details}".rstrip(), flush=True)
 
     def prove(self) -> None:
         """Run the seeded bugs."""
@@ -145,7 +145,10 @@ class LongRun:
             "",
             "| scenario | of its length | faults | calls | outcomes unknown | L | D | S | H |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-            *(self._row(f"`{name}`", entry.figures, entry.made / SCENARIOS[name].long) for name, entry in self._told()),
+            *(
+                self._row(f"`{name}`", entry.figures, entry.made / SCENARIOS[name].long)
+                for name, entry in self._begun_scenarios()
+            ),
             self._row("**all**", total, None),
             "",
         ]
@@ -154,7 +157,7 @@ class LongRun:
             words += [f"Of {len(self.caught)} seeded bugs, {seen} were caught.", ""]
         return "\n".join(words) + "\n"
 
-    def _told(self) -> list[tuple[str, Progress]]:
+    def _begun_scenarios(self) -> list[tuple[str, Progress]]:
         return [(name, self.progress[name]) for name in SCENARIOS if name in self.progress]
 
     @staticmethod
@@ -172,7 +175,7 @@ def _today() -> str:
 
 
 def _revision() -> str:
-    """What is tested: the commit, or where there is no repository the version."""
+    """The commit that is tested, or the version where there is no repository."""
     git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h of %cs"]
     try:
         return "commit " + subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
@@ -187,5 +190,5 @@ def replay(name: str, seed: int, scale: float, number: int) -> Figures:
 
 
 def _slice(name: str, rounds: int) -> int:
-    """How many rounds one slice makes: enough for each kind of fault to have its turn."""
+    """How many rounds one slice makes: enough for each kind of fault to occur."""
     return min(rounds, max(-(-rounds // _SLICES), SCENARIOS[name].short))

@@ -1,4 +1,4 @@
-"""A conversation as a plain Python object, and random calls on it: what every backend is compared with."""
+"""A conversation as a plain Python object, and random calls on it. Every backend is compared with this model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Step(NamedTuple):
 
 
 REPAIR: Final = Step("repair", ())
-"""Not a call of a context, but of its storage: it saves what is intact of a damaged conversation."""
+"""A call of the storage, not of a context: it keeps the intact part of a damaged conversation."""
 
 
 @dataclass
 class Model:
-    """What has to be stored after some steps."""
+    """What must be stored after some steps."""
 
     exists: bool = False
     start: int = 0
@@ -33,7 +33,7 @@ class Model:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def after(self, step: Step) -> tuple[Model, Any]:
-        """The model after a step, and what the step answers."""
+        """The model after a step, and what the step returns."""
         model = copy.deepcopy(self)
         return model, model._apply(step)
 
@@ -82,7 +82,7 @@ class Model:
 
 
 def perform(context: SyncConversationContext, context_id: str, step: Step, commit_id: str | None = None) -> Any:
-    """Make the call, and return its answer as the model gives it."""
+    """Make the call, and return its result in the form that the model uses."""
     if step.name == "batch":
         with context.batch(context_id, commit_id=commit_id) as batch:
             _fill(batch, step)
@@ -126,7 +126,7 @@ _FILLERS: Final = (0, 1, 20, 300, 5_000)
 
 
 class Steps:
-    """An endless supply of random steps. Contents are unique, so that what is doubled can be told."""
+    """An endless supply of random steps. Contents are unique, so that duplicates are noticed."""
 
     def __init__(self, random: Random, label: str = "", *, clears: bool = True, large: bool = True) -> None:
         self._random = random
@@ -144,7 +144,7 @@ class Steps:
         return self
 
     def content(self) -> str:
-        """A text that no other step has."""
+        """A text that is unique among all steps."""
         self._count += 1
         random = self._random
         filler = random.choice(_FILLERS if self._large else _FILLERS[:3])

@@ -1,4 +1,4 @@
-"""Real disks, where this machine lets us mount them: ext4 images that lose power, and a disk of a few pages.
+"""Real file systems, where they can be mounted: ext4 images that lose power, and a disk of a few pages.
 
 What is mounted is seen by the process of the scenario alone, and is gone with it.
 """
@@ -31,14 +31,14 @@ _IMAGE_BYTES: Final = 16 * 1024 * 1024
 
 
 class CannotMountError(Exception):
-    """This machine does not let us."""
+    """Mounting is not possible on this machine."""
 
 
 # --- power ----------------------------------------------------------------------------------------------------------
 
 
 def mounted_power(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """The power fails at every change of an ext4 disk: its image is copied, and the copy is mounted and looked at.
+    """Power cuts at every change of an ext4 disk: its image is copied, and the copy is mounted and checked.
 
     Mounting it replays its journal. Needs root and loop mounts; without them it makes no round, which shows in the
     figures.
@@ -77,7 +77,7 @@ class _Mounted:
 
 @contextmanager
 def mounted(folder: Path, lay_out: Callable[[Path], object]) -> Iterator[_Mounted]:
-    """A new disk in this folder, on which `lay_out` has put something that is there for good."""
+    """A new disk in this folder, on which the files of `lay_out` are synced."""
     image, root = folder / "disk.ext4", folder / "disk"
     root.mkdir(exist_ok=True)
     _make_image(image, _IMAGE_BYTES)
@@ -110,7 +110,7 @@ def _can_mount_images() -> bool:
 
 
 def small_disk(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """A tmpfs of 256 kB that is full, has space again, is read-only; no rounds where there can be none."""
+    """A tmpfs of 256 kB that is full, has space again, or is read-only. No rounds where it cannot be mounted."""
     with scratch() as folder:
         try:
             if sys.platform != "linux" or not _enter_namespace():
@@ -192,7 +192,7 @@ class _Small:
 
 
 def _enter_namespace() -> bool:
-    """Let this process alone see what it mounts from now on; false where that is not allowed."""
+    """Give this process a mount namespace of its own; false where that is not allowed."""
     user, group = os.geteuid(), os.getegid()
     flags = 0x00020000 | (0 if user == 0 else 0x10000000)  # CLONE_NEWNS, CLONE_NEWUSER
     import ctypes
@@ -212,7 +212,7 @@ def _enter_namespace() -> bool:
 
 @contextmanager
 def _mount(*arguments: str | Path) -> Iterator[None]:
-    """Mounted as the command `mount` does with these arguments, of which the place is the last."""
+    """Mounts as the command `mount` does with these arguments, of which the mount point is the last."""
     _run("mount", *map(str, arguments))
     try:
         yield

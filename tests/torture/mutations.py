@@ -1,4 +1,4 @@
-"""Seeded bugs: small patches of the library, applied while it is imported. The harness has to catch every one."""
+"""Seeded bugs: small patches of the library, applied while it is imported. The scenarios must catch every one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 
 class Mutation(NamedTuple):
-    """In `file` of the package, `old` (which stands there once) becomes `new`; `scenario` has to notice."""
+    """In `file` of the package, `old` (which occurs once) becomes `new`; `scenario` must catch it."""
 
     file: str
     old: str
@@ -48,7 +48,7 @@ MUTATIONS: Final = {
         3_000,
     ),
     "an error is read as absent": Mutation(
-        "storage/file/logfile.py",
+        "storage/file/logview.py",
         "        except FileNotFoundError:\n            self.image = self._load_document()",
         "        except OSError:\n            self.image = self._load_document()",
         "system-errors",
@@ -84,10 +84,8 @@ MUTATIONS: Final = {
     ),
     "a deadline is overlooked": Mutation(
         "storage/file/locks.py",
-        "            if time.monotonic() + pause >= deadline:\n                raise _timeout(self.path, context_id)\n"
-        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
-        "            if time.monotonic() - 3.0 >= deadline:\n                raise _timeout(self.path, context_id)\n"
-        "            time.sleep(pause)\n            pause = min(pause * 1.5, _LONGEST_PAUSE)\n            if not",
+        "            if time.monotonic() + pause >= deadline:\n                raise self._timeout(context_id)\n",
+        "            if time.monotonic() - 3.0 >= deadline:\n                raise self._timeout(context_id)\n",
         "locks",
         5,
     ),
@@ -114,7 +112,7 @@ MUTATIONS: Final = {
         200,
     ),
     "a late copy is taken for the first": Mutation(
-        "storage/valkey/script.lua", " and (stored[7] or '~') < now_text", "", "cuts", 200
+        "storage/valkey/script.lua", " or now <= guard\n", "\n", "cuts", 200
     ),
     "an update is not compared": Mutation(
         "storage/valkey/script.lua",
@@ -125,7 +123,7 @@ MUTATIONS: Final = {
     ),
     "an unknown outcome is called not done": Mutation(
         "storage/valkey/execution.py",
-        "        if index in self.unknown:\n            return self._unknown(index, problem)\n",
+        "        if index in self._unknown:\n            return self._outcome_unknown(index, problem)\n",
         "",
         "cuts",
         300,
@@ -138,9 +136,9 @@ MUTATIONS: Final = {
         4_000,
     ),
     "an exclusive store finishes no adoption": Mutation(
-        "storage/file/logfile.py",
-        "self.left_beside = self.left.is_there(self.adopted)",
-        "self.left_beside = self.left.is_there(self.adopted) and not self.trusted",
+        "storage/file/logview.py",
+        "self.left_beside = self.left.is_there(adopted)",
+        "self.left_beside = self.left.is_there(adopted) and not self.trusted",
         "power",
         4_000,
     ),
@@ -170,11 +168,11 @@ MUTATIONS: Final = {
 
 
 class StaleMutationError(Exception):
-    """The library has changed, and the patch no longer applies: write it anew."""
+    """The library has changed, and the patch no longer applies: it must be rewritten."""
 
 
 def plant(mutation: Mutation) -> None:
-    """Have the library imported with this bug. Nothing of it may have been imported yet."""
+    """Import the library with this bug. No module of it may have been imported before."""
     spec = importlib.util.find_spec("agentstate")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -198,7 +196,7 @@ class _Loader(SourceFileLoader):
         return data
 
     def get_code(self, fullname: str) -> Any:
-        # Past the cache of compiled modules, in which there is no bug.
+        # Not from the cache of compiled modules, which does not have the bug.
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
@@ -224,7 +222,7 @@ class _Finder(MetaPathFinder):
 
 
 def how_caught(name: str, seed: int) -> str:
-    """In which way the mutation's scenario notices it; empty: it does not."""
+    """How the mutation's scenario catches it; empty if it does not."""
     from .scenarios import run_apart
 
     mutation = MUTATIONS[name]
@@ -241,7 +239,7 @@ def how_caught(name: str, seed: int) -> str:
 
 
 def prove(seed: int) -> Iterator[tuple[str, str]]:
-    """How each mutation is caught. Without a bug, the same runs have to see nothing, or they prove nothing."""
+    """How each mutation is caught. The same runs without a bug must be clean, or they prove nothing."""
     from .scenarios import run_apart
 
     needed: dict[str, int] = {}

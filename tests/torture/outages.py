@@ -1,4 +1,4 @@
-"""A Valkey server that stands still, dies, is full, a replica, loading, wants a password, or holds other things."""
+"""A Valkey server that is paused, killed, full, a replica, loading, wants a password, or holds keys of other types."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _expect(figures: Figures, error: StateError | None, kinds: type[StateError],
 
 
 def paused(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
-    """It stands still for longer than the deadline: unknown, in time; the same call again is applied once."""
+    """Paused for longer than the deadline: the outcome is unknown in time; the same call again is applied once."""
     witness, steps = _begin(server, layout, random, figures)
     with _context(server, layout, deadline=0.3) as context:
         witness.look(context)  # connected
@@ -68,8 +68,8 @@ def paused(server: ValkeyServer, layout: str, random: Random, figures: Figures) 
             if isinstance(error, StateOutcomeUnknownError):
                 unknown.append((step, error))
             else:
-                _expect(figures, error, StateUnavailableError, "a write while the server stood still")
-            _expect(figures, witness.look(context), StateUnavailableError, "a read while the server stood still")
+                _expect(figures, error, StateUnavailableError, "a write while the server was paused")
+            _expect(figures, witness.look(context), StateUnavailableError, "a read while the server was paused")
         time.sleep(random.choice((0.0, 0.05)))
         with _context(server, layout) as other:
             for step, again in unknown:
@@ -82,17 +82,17 @@ def paused(server: ValkeyServer, layout: str, random: Random, figures: Figures) 
 def killed(server: ValkeyServer, layout: str, random: Random, figures: Figures) -> None:
     """It is killed and started again with its append-only file: what it had acknowledged is there."""
     witness, steps = _begin(server, layout, random, figures)
-    with _context(server, layout, deadline=0.3) as context, _context(server, layout, deadline=10.0) as patient:
+    with _context(server, layout, deadline=0.3) as context, _context(server, layout, deadline=10.0) as waiting:
         witness.look(context)
-        witness.look(patient)
+        witness.look(waiting)
         witness.call(context, next(steps))
         server.kill()
         error = witness.call(context, next(steps))
         _expect(figures, error, StateUnavailableError, "a write to a dead server")
         _expect(figures, witness.look(context), StateUnavailableError, "a read from a dead server")
         server.start()
-        error = witness.call(patient, next(steps), insist=True)
-        error = error or witness.look(patient, "after a restart")
+        error = witness.call(waiting, next(steps), insist=True)
+        error = error or witness.look(waiting, "after a restart")
         if error is not None:
             figures.lose(f"after a restart: {error}")
 
@@ -123,7 +123,7 @@ def read_only(server: ValkeyServer, layout: str, random: Random, figures: Figure
     witness, steps = _begin(server, layout, random, figures)
     with server.client() as client, _context(server, layout, deadline=0.3) as context:
         witness.look(context)
-        # Nobody listens there, so the replica keeps its data and waits.
+        # Nothing listens there, so the replica keeps its data and waits.
         client.execute_command("REPLICAOF", HOST, 1)
         try:
             error = witness.call(context, Step("add_to_history", ("user", steps.content())))
@@ -140,7 +140,7 @@ def loading(server: ValkeyServer, layout: str, random: Random, figures: Figures)
     """It has started and is still reading its data."""
     witness, steps = _begin(server, layout, random, figures)
     with server.client() as client:
-        # While it reads, it listens every 1,024 commands: enough of them for it to be at it for a second or two.
+        # While it reads, it listens every 1,024 commands: enough of them to take a second or two.
         client.eval("for i = 1, 12000 do redis.call('SET', 'filler:' .. i, i) end", 0)
     server.stop()
     config = server.directory / "valkey.conf"

@@ -1,4 +1,4 @@
-"""What is going on in a file store when something goes wrong: what was there before, the calls, and what must hold."""
+"""Conversations in a file store: the files before a fault, the calls, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ DOCUMENT_KINDS: Final = ("calls", "calls", "found")
 
 
 def numbers(random: Random) -> Iterator[int]:
-    """Of plots: short runs begin anywhere, and long ones have them all."""
+    """The numbers of plots: a short run begins at a random one, a long run has all."""
     return count(random.randrange(30))
 
 
 class Plot:
-    """The calls on one conversation, and the files that there are of it before the first.
+    """The calls on one conversation, and its files before the first call.
 
     - `calls`: a new conversation, and random calls
-    - `rewritten`: so much is superseded that its file is written anew under way
-    - `adopted`: AgentUp left a document, which the first write makes a log of
+    - `rewritten`: so much is superseded that its file is rewritten during the calls
+    - `adopted`: AgentUp left a document, which the first write converts to a log
     - `found`: the same, with the layout of documents
-    - `repaired`: its log is damaged, and the first call saves what is intact
+    - `repaired`: its log is damaged, and the first call repairs it
     """
 
     def __init__(self, random: Random, number: int, *, layout: str = "log", steps: int = 9, **options: Any) -> None:
@@ -45,7 +45,7 @@ class Plot:
         self.model = Model()
         self.files: dict[str, bytes] = {}
         self.keeps: bytes | None = None
-        """What must not disappear: somebody else's document, or what could not be understood."""
+        """What must not disappear: a document of another program, or what could not be read."""
         supply = Steps(random, large=random.random() < 0.5, clears=self.kind != "repaired")
         if self.kind == "rewritten":
             self.steps = [Step("set_variable", ("a", supply.content() + "x" * 30_000)) for _ in range(steps)]
@@ -106,7 +106,7 @@ class Plot:
                         self.keeps = bytes(data)
 
     def lay_out(self, folder: Path) -> Path:
-        """Put the files there, as they were before. Returns the folder of the store."""
+        """Write the files as they were before. Returns the folder of the store."""
         states = folder / "states"
         if self.files:
             states.mkdir(parents=True)
@@ -119,7 +119,7 @@ class Plot:
         return SyncConversationContext(FileStorage(states, **{**self.options, **options}))
 
     def witness(self, figures: Figures) -> Witness:
-        """One that knows what was there before."""
+        """A witness that starts from the files before the first call."""
         witness = Witness(figures, ID)
         witness.possible = [self.model]
         return witness
@@ -127,7 +127,7 @@ class Plot:
     def goes_on(
         self, states: Path, possible: list[Model], figures: Figures, when: str, *, repaired: bool = True
     ) -> Witness:
-        """After the fault: what is there is one of `possible`, the next writer goes on from it, nothing is damaged.
+        """After the fault: what is there is one of `possible`, the next writer continues from it, nothing is damaged.
 
         Without `repaired`, it may still be as damaged as it was.
         """

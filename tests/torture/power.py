@@ -1,4 +1,4 @@
-"""The power fails: at every change of the disk, in every way in which unsynced data may be kept or not."""
+"""Power cuts at every change of the disk, with every part of the unsynced data kept or lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEPS: Final = 20
 
 
 class Breakable(Protocol):
-    """A disk that a store can be kept on, and that can be looked at as a power cut would leave it now."""
+    """A disk for a store, which can be read in the state in which a power cut would leave it now."""
 
     root: Path
     seam: Any
@@ -33,11 +33,11 @@ class Breakable(Protocol):
     watch: Callable[[str], None]
 
     def after(self, random: Random) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
-        """What the cut may leave: in words, and as a folder for as long as it is entered."""
+        """The possible states after a cut: a description, and a context manager of a folder."""
 
 
 class Rebuilt(Disk):
-    """A folder, of which every disk state is rebuilt that POSIX allows."""
+    """A folder of which all disk states that POSIX allows are rebuilt."""
 
     def __init__(self, root: Path) -> None:
         self.place = root
@@ -60,7 +60,7 @@ class Rebuilt(Disk):
 
 @contextmanager
 def rebuilt(folder: Path, lay_out: Callable[[Path], object]) -> Iterator[Rebuilt]:
-    """A new disk in this folder, on which `lay_out` has put something that is there for good."""
+    """A new disk in this folder, on which the files of `lay_out` are synced."""
     root = folder / "disk"
     root.mkdir()
     try:
@@ -129,7 +129,7 @@ class _Cuts:
             self.disk.failing = None
             if step == REPAIR:
                 if error is not None:
-                    break  # what is to be written to a damaged file?
+                    break  # nothing can be written to a damaged file
                 self.repaired = self.plot.options.get("fsync") != "no"
             self._cut("between calls")
         else:
@@ -143,7 +143,7 @@ class _Cuts:
         self._cut(f"after {call} {self.points}")
 
     def _cut(self, moment: str) -> None:
-        """Look at all the disks that a cut at this moment may leave."""
+        """Check all disk states that a cut at this moment may leave."""
         possible = distinct([*self.witness.possible, *self.earlier])
         if self.under_way is not None:
             step = self.under_way
@@ -158,7 +158,7 @@ class _Cuts:
 
 
 def grouped_power(random: Random, rounds: int, figures: Figures) -> None:
-    """The power fails while commits to many conversations are written and flushed as one."""
+    """Power cuts while commits to many conversations are written and flushed together."""
     with scratch() as folder:
         while figures.faults < rounds:
             with rebuilt(folder, lambda root: None) as disk:

@@ -1,5 +1,7 @@
-"""Several processes that repair the same damaged conversation, and write to it at once. To be run in a process of its
-own: it forks."""
+"""Several processes that repair the same damaged conversation and write to it at once.
+
+To be run in a process of its own: it forks.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ _DONE: Final = b"d"
 
 
 def repairs(random: Random, rounds: int, figures: Figures) -> None:
-    """`rounds` damaged logs, each repaired by three processes at once, one of which may be killed while it is at it."""
+    """`rounds` damaged logs, each repaired by three processes at once, one of which may be killed meanwhile."""
     with scratch() as folder:
         for _ in range(rounds):
             figures.faults += 1
@@ -43,14 +45,14 @@ def _together(folder: Path, plot: Plot, random: Random, figures: Figures) -> Non
     if victim is not None:
         time.sleep(random.random() * 0.02)
         os.kill(children[victim][0], signal.SIGKILL)
-    told = []
+    reported = []
     for number, (pid, pipe) in enumerate(children):
         with os.fdopen(pipe, "rb") as stream:
-            told.append(stream.read())
+            reported.append(stream.read())
         _, status = os.waitpid(pid, 0)
-        if number != victim and (status or told[-1].count(_DONE) != 1 + _MESSAGES):
-            figures.fail_silently(f"one of several that repair {plot} failed: {told[-1]!r}")
-    figures.calls += sum(text.count(_DONE) for text in told)
+        if number != victim and (status or reported[-1].count(_DONE) != 1 + _MESSAGES):
+            figures.fail_silently(f"one of several that repair {plot} failed: {reported[-1]!r}")
+    figures.calls += sum(text.count(_DONE) for text in reported)
     with plot.open(states) as context:
         figures.took(moment() - begin, _PROCESSES * context.storage.deadline, "several repairs at once")
         seen = observed(context.get_state(ID))
@@ -61,12 +63,12 @@ def _together(folder: Path, plot: Plot, random: Random, figures: Figures) -> Non
     before = len(plot.model.history)
     if seen.history[:before] != plot.model.history or seen.variables != plot.model.variables:
         figures.lose(f"several repairs of {plot}: {seen} instead of {plot.model}")
-    for number, text in enumerate(told):
+    for number, text in enumerate(reported):
         mine = [content for content in seen.history[before:] if content.startswith(f"{number}-")]
         if len(mine) < text.count(_DONE) - 1:
-            figures.lose(f"of a writer after its repair: {mine}, told {text!r}")
+            figures.lose(f"of a writer after its repair: {mine}, reported {text!r}")
         elif mine != [f"{number}-{index}" for index in range(len(mine))] or len(mine) > text.count(_BEGUN):
-            figures.double(f"of a writer after its repair: {mine}, told {text!r}")
+            figures.double(f"of a writer after its repair: {mine}, reported {text!r}")
     plot.check_files(states, figures, "after several repairs")
 
 

@@ -25,7 +25,7 @@ CHANGING: Final = frozenset(
 
 
 class Seam(FileSystem):
-    """A file system that hands every call to `around(name, call, arguments)`."""
+    """A file system that passes every call to `around(name, call, arguments)`."""
 
     def __init__(self, around: Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]) -> None:
         real = FileSystem()
@@ -69,7 +69,7 @@ class Failing:
             return call(*arguments)
         self.failed += 1
         if self.shortly and name == "write" and not self._full:
-            self._full = True  # until somebody frees space: the rest of this write finds none
+            self._full = True  # until space is freed: the rest of this write finds none
             descriptor, data = arguments
             return call(descriptor, data[: len(data) // 2]) if len(data) > 1 else call(descriptor, data)
         self._full = self._full and self._for_good
@@ -80,7 +80,7 @@ class Failing:
 
 
 class _Inode:
-    """A file's content as it was last synced, and what was done to it since."""
+    """A file's content as it was last synced, and the changes since then."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.synced = content
@@ -98,7 +98,7 @@ class Disk:
         self._live: dict[str, _Inode | None] = {}  # path to file, None for a folder
         self._names: list[tuple[str, str, _Inode | None]] = []  # unsynced: (parent, path, what it names; itself: gone)
         self._open: dict[int, _Inode] = {}
-        for folder, _, files in os.walk(root):  # what is there has been there for long
+        for folder, _, files in os.walk(root):  # files that exist already count as synced
             if folder != str(root):
                 self._live[folder] = None
             for name in files:
@@ -107,7 +107,7 @@ class Disk:
         self._durable = dict(self._live)
 
     def _around(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Carry out a call; tell the watch, before and after, what could be cut here."""
+        """Carry out a call; before and after it, report to `around` what could be cut here."""
         if name == "open":
             return self._opened(call, arguments)
         if name not in CHANGING:
@@ -227,7 +227,7 @@ def _enter(entries: dict[str, _Inode | None], entry: tuple[str, str, _Inode | No
 
 
 def played(content: bytes, pending: list[tuple[int, bytes | None]]) -> bytes:
-    """The content after these changes. What was never written reads as NULs."""
+    """The content after these changes. Parts that were never written read as NULs."""
     for offset, data in pending:
         if data is None:
             content = content[:offset].ljust(offset, b"\0")
@@ -243,7 +243,7 @@ def _holes(pending: list[tuple[int, bytes | None]]) -> list[tuple[int, bytes | N
 def _spoiled(
     pending: list[tuple[int, bytes | None]], index: int, random: Random
 ) -> Iterator[tuple[str, list[tuple[int, bytes | None]]]]:
-    """One of the changes dropped, torn, or with blocks that never arrived."""
+    """The changes with one of them dropped, incomplete, or with blocks missing."""
     offset, data = pending[index]
     before, rest = pending[:index], pending[index + 1 :]
     yield "dropped", [*before, *rest]
@@ -252,7 +252,7 @@ def _spoiled(
     for cut in {1, len(data) - 1, random.randrange(len(data))}:
         if 0 < cut < len(data):
             yield f"torn at {cut}", [*before, (offset, data[:cut])]
-    # Blocks reach the disk in any order, and whole: what did not arrive reads as NULs.
+    # Blocks are written in any order, each as a whole: missing ones read as NULs.
     block = (offset // 4096 + 1) * 4096 - offset
     if 0 < block < len(data):
         yield "first block missing", [*before, (offset, bytes(block) + data[block:]), *rest]

@@ -1,4 +1,4 @@
-"""Processes that stand still for longer than their deadline, at any moment of a call, and go on."""
+"""Processes that are stopped for longer than their deadline at any moment of a call, and continued."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .witness import Witness
 
 _AT_A_TIME = 6
 _DEADLINE = 0.2
-_STILL = 0.3
+_PAUSE = 0.3
 
 
 def stopped_clients(random: Random, rounds: int, figures: Figures, *, make: Callable[..., StateStorage]) -> None:
-    """`rounds` stops of processes that make calls. What they send when they wake up comes too late, or is known.
+    """`rounds` stops of processes that make calls. What they send afterwards is too late, or has been applied already.
 
     To be run in a process of its own: it forks.
     """
-    stood = _Stood()
+    stopped = _Stopped()
     seeds = [random.getrandbits(32) for _ in range(_AT_A_TIME)]
-    children = [_Child(make, seed, stood, figures) for seed in seeds]
+    children = [_Child(make, seed, stopped, figures) for seed in seeds]
     try:
         while figures.faults < rounds:
             time.sleep(0.02 + random.random() * 0.05)
@@ -37,8 +37,8 @@ def stopped_clients(random: Random, rounds: int, figures: Figures, *, make: Call
                 os.kill(child.pid, signal.SIGSTOP)
                 time.sleep(random.random() * 0.002)
             figures.faults += len(children)
-            time.sleep(_STILL)
-            stood.add(time.monotonic() - begin)
+            time.sleep(_PAUSE)
+            stopped.add(time.monotonic() - begin)
             for child in children:
                 os.kill(child.pid, signal.SIGCONT)
     finally:
@@ -46,8 +46,8 @@ def stopped_clients(random: Random, rounds: int, figures: Figures, *, make: Call
             child.end(figures)
 
 
-class _Stood:
-    """For how many seconds the children stood still, known to all processes."""
+class _Stopped:
+    """For how many seconds in all the children were stopped, in memory that all processes share."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8)
@@ -59,23 +59,23 @@ class _Stood:
         return float(struct.unpack("d", self._memory)[0])
 
     def clock(self) -> float:
-        """Stands still with them."""
+        """A clock that does not count the time in which they were stopped."""
         return moment() - self.seconds()
 
 
 class _Child:
-    """Makes calls until it is told to end, and then tells what it saw."""
+    """Makes calls until its pipe is closed, and then reports what it saw."""
 
-    def __init__(self, make: Callable[..., StateStorage], seed: int, stood: _Stood, figures: Figures) -> None:
+    def __init__(self, make: Callable[..., StateStorage], seed: int, stopped: _Stopped, figures: Figures) -> None:
         read, self._asking = os.pipe()
-        self._telling, write = os.pipe()
+        self._reports, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 os.close(self._asking)
-                os.close(self._telling)
+                os.close(self._reports)
                 os.set_blocking(read, False)
-                seen = _calls(make(deadline=_DEADLINE), seed, read, stood, Figures(figures.name, figures.seed))
+                seen = _calls(make(deadline=_DEADLINE), seed, read, stopped, Figures(figures.name, figures.seed))
                 os.write(write, seen.to_json().encode())
             finally:
                 os._exit(0)
@@ -84,24 +84,24 @@ class _Child:
 
     def end(self, figures: Figures) -> None:
         os.close(self._asking)
-        told = b""
-        while data := os.read(self._telling, 65536):
-            told += data
-        os.close(self._telling)
+        reported = b""
+        while data := os.read(self._reports, 65536):
+            reported += data
+        os.close(self._reports)
         os.waitpid(self.pid, 0)
-        if told:
-            figures += Figures.from_json(told.decode())
+        if reported:
+            figures += Figures.from_json(reported.decode())
         else:
             figures.fail_silently("a process that was stopped now and then failed")
 
 
-def _calls(storage: StateStorage, seed: int, pipe: int, stood: _Stood, figures: Figures) -> Figures:
+def _calls(storage: StateStorage, seed: int, pipe: int, stopped: _Stopped, figures: Figures) -> Figures:
     random = Random(seed)
     with SyncConversationContext(storage) as context:
         number = 0
         while _goes_on(pipe):
             number += 1
-            witness = Witness(figures, f"stops-{seed}-{number}", clock=stood.clock)
+            witness = Witness(figures, f"stops-{seed}-{number}", clock=stopped.clock)
             steps = Steps(random, large=False)
             for _ in range(100):
                 step = next(steps)

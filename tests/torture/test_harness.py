@@ -1,4 +1,4 @@
-"""The harness proves itself: what it is to find is found, in its own parts and in a library with seeded bugs."""
+"""Tests of the harness: its parts, and that it finds the bugs seeded into the library."""
 
 from __future__ import annotations
 

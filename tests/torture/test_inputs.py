@@ -1,4 +1,4 @@
-"""Whatever JSON a caller gives, and whatever bytes a file holds: what is read is what was stored, or a typed error."""
+"""Any JSON from a caller and any bytes in a file: what is read is what was stored, or a typed error is raised."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ BACKENDS = ("memory", "file", "file-document", "valkey", "valkey-document")
 
 @contextmanager
 def opened(backend: str, folder: Path, server: ValkeyServer, prefix: str) -> Iterator[list[SyncConversationContext]]:
-    """A context that writes, and one that has to read what is stored (of memory: the same)."""
+    """A context that writes, and one that reads from the store (with memory, the same one)."""
     name, _, layout = backend.partition("-")
     options: dict[str, Any] = {"layout": layout or "log"}
     if name == "memory":

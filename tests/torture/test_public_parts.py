@@ -80,10 +80,10 @@ def echo() -> Iterator[int]:
     thread.join()
 
 
-def exchange(port: int, text: bytes, patience: float = 5.0) -> bytes:
+def exchange(port: int, text: bytes, timeout: float = 5.0) -> bytes:
     """Everything that comes back until there was as much, or the connection was cut."""
     got = b""
-    with socket.create_connection((HOST, port), timeout=patience) as client:
+    with socket.create_connection((HOST, port), timeout=timeout) as client:
         try:
             client.sendall(text)
             while len(got) < len(text) and (data := client.recv(1000)):
@@ -116,7 +116,7 @@ def test_the_proxy_passes_on_and_cuts_where_it_is_told(echo: int) -> None:
         for drop in (proxy.drop_request, proxy.drop_reply):
             drop()
             with pytest.raises(TimeoutError):
-                exchange(proxy.port, b"hello", patience=0.1)
+                exchange(proxy.port, b"hello", timeout=0.1)
         assert exchange(proxy.port, b"hello") == b"hello"
         assert proxy.fired == 6
         proxy.cut_reply(0)

@@ -1,4 +1,4 @@
-"""The system refuses, or kills: at every call in turn."""
+"""System calls that fail, and kills, at every call in turn."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .seam import ERRORS, Failing, Seam
 from .witness import distinct
 
 Once = Callable[[Path, Plot, int, Random, Figures], bool]
-"""Makes the calls of a plot with a fault at its nth call of the system; false: there were not so many."""
+"""Makes the calls of a plot with a fault at the nth system call; false if there were fewer."""
 
 
 def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, layout: str) -> None:
-    """Plots, each again and again, in which the nth call of the system goes wrong, for every n."""
+    """Plots, each repeated, in which the nth system call fails, for every n."""
     with scratch() as folder:
         for number in numbers(random):
             if figures.faults >= rounds:
@@ -43,12 +43,12 @@ def _at_every_call(once: Once, random: Random, rounds: int, figures: Figures, la
 
 
 def system_errors(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """Calls of the system fail: once or for good, or a write falls short."""
+    """System calls fail, once or from then on, or a write is short."""
     _at_every_call(_with_an_error, random, rounds, figures, layout)
 
 
 def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures) -> bool:
-    """Some calls with a fault among them; then the system is fine again, and everything is compared."""
+    """Some calls with a fault among them; then no call fails, and everything is compared."""
     shortly = random.random() < 0.3
     failing = Failing(
         errno.ENOSPC if shortly else random.choice(ERRORS), nth, for_good=random.random() < 0.4, shortly=shortly
@@ -65,9 +65,9 @@ def _with_an_error(folder: Path, plot: Plot, nth: int, random: Random, figures: 
         error = witness.call(context, step, insist=insist)
         if step == REPAIR:
             if error is not None:
-                break  # what is to be written to a damaged file?
+                break  # nothing can be written to a damaged file
             repaired = True
-        if not plot.options.get("exclusive") and random.random() < 0.3:  # somebody who has not read the file yet
+        if not plot.options.get("exclusive") and random.random() < 0.3:  # a reader that has not read the file yet
             with plot.open(states, file_system=seam) as reader:
                 witness.look(reader, f"for the first time, {while_}")
         witness.look(context, while_)
@@ -95,7 +95,7 @@ _NOT_DONE: Final = b"n"
 
 
 def kills_at_calls(random: Random, rounds: int, figures: Figures, *, layout: str = "log") -> None:
-    """The process gets SIGKILL just before, in the middle of, or just after a call of the system.
+    """The process gets SIGKILL just before, in the middle of, or just after a system call.
 
     Now and then another call has failed before. To be run in a process of its own: it forks.
     """
@@ -118,24 +118,24 @@ def _killed(folder: Path, plot: Plot, nth: int, random: Random, figures: Figures
         finally:
             os._exit(0)
     os.close(write)
-    told = b""
+    reported = b""
     while data := os.read(read, 1000):
-        told += data
+        reported += data
     os.close(read)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status):
         if status:
             figures.fail_silently(f"a writer ended by itself, with {status}: {plot}")
         return False
-    possible, repaired = _replayed(plot, told.decode())
-    figures.calls += len(told)
-    figures.unknown += told.count(_UNKNOWN)
+    possible, repaired = _replayed(plot, reported.decode())
+    figures.calls += len(reported)
+    figures.unknown += reported.count(_UNKNOWN)
     plot.goes_on(states, possible, figures, f"killed {where} call {nth} of {plot}", repaired=repaired)
     return True
 
 
 class _Killer:
-    """Kills this process at its nth call of the system."""
+    """Kills this process at its nth system call."""
 
     def __init__(self, nth: int, where: str, failing: Failing | None) -> None:
         self._left = nth
@@ -155,28 +155,28 @@ class _Killer:
 
 
 def _run_until_killed(plot: Plot, states: Path, killer: _Killer, pipe: int) -> None:
-    """Make the calls, and tell how each ended."""
+    """Make the calls, and report how each ended."""
     context = plot.open(states, file_system=Seam(killer.around), deadline=2.0)
     for step in plot.steps:
-        told = _DONE
+        reported = _DONE
         try:
             perform(context, "alice", step)
         except StateOutcomeUnknownError:
-            told = _UNKNOWN
+            reported = _UNKNOWN
         except StateError:
-            told = _NOT_DONE
-        os.write(pipe, told)
-        if step == REPAIR and told != _DONE:
+            reported = _NOT_DONE
+        os.write(pipe, reported)
+        if step == REPAIR and reported != _DONE:
             break
 
 
-def _replayed(plot: Plot, told: str) -> tuple[list[Model], bool]:
-    """What may be stored after calls that ended like that, and one that was under way; whether there was a repair."""
+def _replayed(plot: Plot, reported: str) -> tuple[list[Model], bool]:
+    """What may be stored after calls with these outcomes and one in flight, and whether there was a repair."""
     possible = [plot.model]
-    for step, ended in zip(plot.steps, f"{told}u", strict=False):
+    for step, ended in zip(plot.steps, f"{reported}u", strict=False):
         after = [model.after(step)[0] for model in possible]
         if ended == "d":
             possible = after
         elif ended == "u":
             possible = distinct([*possible, *after])
-    return possible, plot.steps[0] == REPAIR and told.startswith("d")
+    return possible, plot.steps[0] == REPAIR and reported.startswith("d")

@@ -1,4 +1,4 @@
-"""Turns whose holders stop or die, and clocks that jump: a stale holder never commits, and nobody waits for it long."""
+"""Turns whose holders are stopped or killed, and clocks that jump: a stale holder never commits or delays others."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def turns(random: Random, rounds: int, figures: Figures, *, make: Callable[[], S
         with SyncConversationContext(make()) as context:
             try:
                 with context.turn(context_id, lease=20.0, timeout=5.0) as turn:
-                    figures.took(time.monotonic() - begin, _LEASE, "waiting for the turn of a holder that stands still")
+                    figures.took(time.monotonic() - begin, _LEASE, "waiting for the turn of a stopped holder")
                     turn.add_to_history("user", "the next one")
                     if not dies:
                         # The stale holder wakes up while the next one is at work, and commits.
                         os.kill(pid, signal.SIGCONT)
-                        told = os.read(read, 100)
-                        if told != b"lost":
-                            figures.fail_silently(f"turn {number}: the stale holder was told {told!r}")
+                        result = os.read(read, 100)
+                        if result != b"lost":
+                            figures.fail_silently(f"turn {number}: the stale holder saw {result!r}")
             except StateError as error:
                 figures.fail_silently(f"turn {number}: the next one got {error!r}")
             contents = [message["content"] for message in context.get_history(context_id)]
@@ -65,28 +65,28 @@ def turns(random: Random, rounds: int, figures: Figures, *, make: Callable[[], S
 
 def _hold(storage: StateStorage, context_id: str, pipe: int) -> None:
     context = SyncConversationContext(storage)
-    told = b"committed"
+    result = b"committed"
     try:
         with context.turn(context_id, lease=_LEASE) as turn:
             os.write(pipe, b"h")
             time.sleep(_LEASE)  # stopped in here
             turn.add_to_history("user", "the stale one")
     except TurnLostError:
-        told = b"lost"
-    os.write(pipe, told)
+        result = b"lost"
+    os.write(pipe, result)
 
 
 async def _hold_async(storage: StateStorage, context_id: str, pipe: int) -> None:
     context = ConversationContext(storage)
-    told = b"committed"
+    result = b"committed"
     try:
         async with context.turn(context_id, lease=_LEASE) as turn:
             os.write(pipe, b"h")
             await asyncio.sleep(_LEASE)  # stopped in here
             turn.add_to_history("user", "the stale one")
     except TurnLostError:
-        told = b"lost"
-    os.write(pipe, told)
+        result = b"lost"
+    os.write(pipe, result)
 
 
 def clock_jumps(random: Random, rounds: int, figures: Figures, *, make: Callable[[], StateStorage]) -> None:

@@ -1,4 +1,4 @@
-"""Makes calls on one conversation, and knows from their outcomes what may be stored now."""
+"""Makes calls on one conversation, and derives from their outcomes what may be stored."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Witness:
                 self.possible = distinct([model.after(step)[0] for model in before])
                 return None
             if not isinstance(error, StateOutcomeUnknownError):
-                time.sleep(0.02)  # not done, this time; but the first time is as unknown as before
+                time.sleep(0.02)  # this call did nothing; the outcome of the first is still unknown
         return error
 
     def _attempt(self, context: SyncConversationContext, step: Step, commit_id: str | None) -> StateError | None:
@@ -111,12 +111,12 @@ class Witness:
 
 
 def is_applied(error: StateError) -> bool:
-    """Whether it says that the commit took effect, and only its answer (a large one) is lost."""
+    """Whether the commit took effect and only its (large) answer was lost."""
     return type(error) is StateConflictError and "already applied" in str(error)
 
 
 def distinct(models: list[Model]) -> list[Model]:
-    """Each only once."""
+    """Without duplicates."""
     kept: list[Model] = []
     for model in models:
         if model not in kept:
@@ -125,7 +125,7 @@ def distinct(models: list[Model]) -> list[Model]:
 
 
 def accuse(figures: Figures, seen: Model, possible: list[Model], when: str) -> None:
-    """Say in which way what was seen is none of what is possible."""
+    """Count in which way what was read differs from all that is possible."""
     expected = min(possible, key=lambda model: _distance(model, seen))
     counts = Counter(map(str, seen.history))
     doubled = [content for content, count in counts.items() if count > 1]

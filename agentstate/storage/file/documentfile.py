@@ -1,4 +1,4 @@
-"""The files of JSON documents: their names, their bytes, and whose they are."""
+"""The files of JSON documents: their names, their content, and their contexts."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def read_document_file(folder: Folder, stem: str, context_id: str | None) -> byt
 
 
 def context_of_document(folder: Folder, stem: str) -> str | None:
-    """Whose document the file of this name is. None for one that is none of ours."""
+    """The id of the context whose document has this name; None for a file of another program."""
     try:
         stem.encode()
-    except UnicodeEncodeError:  # the bytes of its name are no UTF-8, so it is not the name of any context
+    except UnicodeEncodeError:  # its name is not valid UTF-8, so it is not the name of any context
         return None
     try:
         if document_stem(stem) == stem:
@@ -59,7 +59,7 @@ def context_of_document(folder: Folder, stem: str) -> str | None:
 
 
 def is_log_there(folder: Folder, context_id: str) -> bool:
-    """Whether a context has a log (an empty one is what a crash left of one). Raises StateUnavailableError."""
+    """Whether a context has a log that is not empty (an empty one is left by a crash). Raises StateUnavailableError."""
     path = folder.file(file_stem(context_id) + LOG)
     try:
         return folder.fs.stat(path).st_size > 0

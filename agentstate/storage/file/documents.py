@@ -75,7 +75,7 @@ class DocumentFiles(DocumentStorage):
         except OSError as error:
             reason = unavailable(error, "flush", self._folder.path)
             raise StateOutcomeUnknownError(
-                f"{reason}: whether it is stored for good is not known; "
+                f"{reason}: whether it is stored durably is not known; "
                 "the same call again with the same commit_id is applied at most once",
                 context_id=context_id,
             ) from error

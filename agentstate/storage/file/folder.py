@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 import threading
 import time
 from contextlib import suppress
 from typing import Final
 
-from ...errors import StateConfigError, StateUnavailableError
+from ...errors import StateUnavailableError
 from ..tally import Tally
 from .filesystem import FOLDER, FOLDER_MODE, FileSystem, Owner, system_name, unavailable
 
@@ -32,13 +31,6 @@ class Folder:
     """
 
     def __init__(self, path: str, fs: FileSystem, tally: Tally) -> None:
-        try:
-            os.fsencode(path)
-        except UnicodeEncodeError as error:
-            coding = sys.getfilesystemencoding()
-            raise StateConfigError(
-                f"storage_dir {path!r} cannot be written in {coding}, this locale's encoding"
-            ) from error
         self.path = os.path.abspath(path)
         self.fs = fs
         self.tally = tally

@@ -1,4 +1,4 @@
-"""The leases of turns: who may commit to a conversation now, and until when.
+"""The leases of turns: which turn may commit to a conversation, and until when.
 
 A lease is one small file, read and written by whoever holds the context's lock. It is never flushed: time is counted
 from boot (setting the clock moves nothing), so a reboot ends every lease anyway. A file that a killed process left
@@ -32,7 +32,7 @@ class Leases:
         self._fs = folder.fs
 
     def carry_out(self, stem: str, lease: Lease) -> bool:
-        """Take, renew or release. Whether `lease.token` holds the lease now (held it)."""
+        """Take, renew or release a lease. True if `lease.token` holds it now (held it, on release)."""
         holder = self.holder(stem)
         if holder != lease.token and not (holder is None and lease.action == "take"):
             return False
@@ -43,7 +43,7 @@ class Leases:
         return True
 
     def holder(self, stem: str) -> str | None:
-        """The token that holds the lease now, if one does."""
+        """The token that holds the lease now; None if it is free."""
         try:
             fd = self._fs.open(self._path(stem), READ)
         except FileNotFoundError:
@@ -51,7 +51,7 @@ class Leases:
         try:
             said = json.loads(self._fs.read_at(fd, _LARGEST, 0))
             remaining = said["until"] - _now()
-            # More than it was taken for: the count began anew since, on a system that does not number its boots.
+            # More time left than it was taken for: the clock restarted, on a system without boot ids.
             valid = said["boot"] == _boot() and 0 < remaining <= said["seconds"] * 1e9
             return str(said["token"]) if valid else None
         except (ValueError, KeyError, TypeError):
@@ -92,7 +92,7 @@ class Leases:
 
 
 def _now() -> int:
-    """Nanoseconds since boot, those asleep included where the system counts them."""
+    """Nanoseconds since boot, including suspend where the system counts it."""
     return time.clock_gettime_ns(_CLOCK) if _CLOCK is not None else time.monotonic_ns()
 
 

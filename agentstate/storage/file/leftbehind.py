@@ -1,4 +1,4 @@
-"""The JSON document that AgentUp left for a context: read as it is, until the first write makes a log of it.
+"""The JSON document that AgentUp left for a context: read as it is, until the first write converts it to a log.
 
 The log names the document that it was made from, by size and SHA-256. So a crash between the two steps of a
 conversion (the log gets its name, the document gets another one) is recognised and finished, and a document that
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..documentformat import Document
 
 ADOPTED: Final = ".adopted"
-"""What is appended to the name of a document when a log has taken its place."""
+"""The suffix of a document that was converted to a log."""
 
 
 class LeftDocument:
@@ -35,7 +35,7 @@ class LeftDocument:
         self.path = folder.file(self.stem + DOCUMENT)
 
     def read(self) -> tuple[Document, list[Any]] | None:
-        """What it says, and how a log made from it names it. Raises StateCorruptedError, StateConflictError."""
+        """The document, and the value of `adopted` for its log. Raises StateCorruptedError, StateConflictError."""
         data = read_document_file(self.folder, self.stem, self.context_id)
         if data is None:
             return None
@@ -44,7 +44,7 @@ class LeftDocument:
         return parse_document(data, self.context_id), _name(data)
 
     def is_there(self, adopted: list[Any] | None) -> bool:
-        """Whether it is there beside the log made from it. Raises StateConflictError if it is another one."""
+        """Whether it exists beside the log made from it. Raises StateConflictError if it is another document."""
         try:
             self.folder.fs.stat(self.path)
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class LeftDocument:
         return data is not None
 
     def put_away(self) -> None:
-        """Give it another name, now that its log is there."""
+        """Rename it after its log was created."""
         try:
             self.folder.sync()  # or a power cut could undo the log's name, and not this
             with suppress(FileNotFoundError):
@@ -70,7 +70,7 @@ class LeftDocument:
             raise unavailable(error, "put away", self.path, self.context_id) from error
 
     def remove(self) -> None:
-        """Remove it, the context being gone."""
+        """Remove it after the context was cleared."""
         try:
             self.folder.sync()
             with suppress(FileNotFoundError):
@@ -79,7 +79,7 @@ class LeftDocument:
             raise unavailable(error, "remove", self.path, self.context_id) from error
 
     def remove_adopted(self) -> None:
-        """Remove it under its other name."""
+        """Remove the renamed document."""
         try:
             with suppress(FileNotFoundError):
                 self.folder.fs.unlink(self.path + ADOPTED)
@@ -88,6 +88,6 @@ class LeftDocument:
 
 
 def _name(data: bytes) -> list[Any]:
-    from hashlib import sha256  # late: it brings OpenSSL with it
+    from hashlib import sha256  # late: it loads OpenSSL
 
     return [len(data), sha256(data).hexdigest()]

@@ -54,7 +54,7 @@ class LogCache:
         elif not log.weight and log.image is not None:
             log.weight = log.image.weight()
             self._weight += log.weight
-        if self.is_full():
+        if self._weight > self._limit_bytes or self._folder.open_files > self.most_open:
             self._shrink(log)
 
     def discard(self, log: LogFile) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any, Final
 
 from ...errors import (
@@ -20,7 +21,7 @@ from ..resolve import Effects, expiry, only_adds, resolve
 from .filesystem import FILE_MODE, write_whole
 from .folder import Folder
 from .logformat import Damage
-from .logimage import LogImage, whole_log
+from .logimage import LARGE, LogImage, is_large, whole_log
 from .logview import SUSPECT, LogView
 
 _REMEMBER: Final = int(REMEMBER_CLEARED * 1_000_000)  # microseconds
@@ -75,7 +76,7 @@ class LogFile(LogView):
     # --- writing to the end
 
     def ready(self) -> LogImage:
-        """Like `refresh`, for the holder of the lock who is about to write: also repairs what crashes left undone."""
+        """`refresh`, before a write and with the lock held: also repairs what crashes left undone."""
         image = self.image if self.trusted else None  # which is what `refresh` would return
         if image is None:
             image = self.refresh()
@@ -92,7 +93,7 @@ class LogFile(LogView):
         return image
 
     def _check_names(self, image: LogImage) -> None:
-        """See that there is no document beside the log."""
+        """Check that there is no document beside the log."""
         names = self.folder.names
         try:
             if self.left.is_there(self.adopted):
@@ -118,48 +119,77 @@ class LogFile(LogView):
             raise self._unavailable(error, "cut the torn end of") from error
 
     def commit(self, commit: Commit, now: int, ttl: float | None, lease: str | None, lazily: bool) -> Answer:
-        """Resolve a commit and take it in; `write` must follow. Raises what `resolve` raises, and LookAgain."""
-        image = self.current
+        """Resolve a commit and apply it to the image; `write` must follow. Raises as `resolve` does, and LookAgain."""
+        image = self.image
+        assert image is not None
         flushed = self.flushed if lazily else self._begun(image) if self._pending else None
         expired = image.expires is not None and image.expires <= now and image.exists
         if not expired and not commit.answer and only_adds(commit, image):
             if self.document is not None:
                 image = self._adopt(image)
-            self._take(image, image.add(commit, now, expiry(now, ttl), flushed), lazily)
+            try:
+                lines = image.add(commit, now, expiry(now, ttl), flushed)
+            except ValueError as error:
+                raise self._unwritable(error) from error
+            self._take(image, lines, lazily)
             return b""
         # The image stays what the file says: if this clock is wrong, the context lives on unless something is written.
         before = image.after_expiry() if expired else image
         effects = resolve(before, commit, now=now, ttl=ttl, lease=lease, read=self.read)
         if not isinstance(effects, Effects):
             if commit.idle_for is not None and not before.exists and self.identity is not None:
-                self._clean_up(before, now)
+                self._clean_up(before, now, flush=not lazily)
             return effects
-        if effects.deletes or expired:
-            self._begin_anew(effects, now)
+        if effects.deletes or expired or (not image.exists and is_large(effects.appended)):
+            self._begin_anew(effects, now, flush=not lazily or effects.exists)
             return effects.answer
         if self.document is not None:
             image = self._adopt(image)
         if image.log_end == 0:
             self._pending.append(image.header())
-        self._take(image, image.advance(effects, flushed), lazily)
+        try:
+            lines = image.advance(effects, flushed)
+        except ValueError as error:
+            raise self._unwritable(error) from error
+        self._take(image, lines, lazily)
         return effects.answer
 
+    def _unwritable(self, reason: object) -> StateSerializationError:
+        """What to raise where a commit cannot be written, and the image may be ahead of the file."""
+        self.forget()
+        return StateSerializationError(str(reason), context_id=self.context_id)
+
     def _begun(self, image: LogImage) -> int:
-        """Where the write begins that is to follow."""
+        """The offset at which the next write begins."""
         return image.log_end - sum(map(len, self._pending))
 
-    def _take(self, image: LogImage, line: bytes, lazily: bool) -> None:
-        self._pending.append(line)
+    def _take(self, image: LogImage, lines: bytes, lazily: bool) -> None:
+        """Have what one commit adds to the log written; and a checkpoint, where one is due."""
+        self._pending.append(lines)
         self.line_end = end = image.log_end
-        if line.find(b"\n") != len(line) - 1:
-            self.forget()
-            raise StateSerializationError("a stored value holds a line break", context_id=self.context_id)
-        if end >= image.checkpoint_due:
+        if lines.find(b"\n") != len(lines) - 1:
+            if lines.startswith(LARGE):
+                return
+            raise self._unwritable("a stored value holds a line break")
+        # A checkpoint vouches for all that is written with it. After a large commit, see `add_checkpoint`.
+        if end >= image.checkpoint_due and not any(part.startswith(LARGE) for part in self._pending):
             begun = self._begun(image)
             self._pending.append(image.checkpoint(self.flushed if lazily else begun, begun))
 
+    def add_checkpoint(self) -> None:
+        """After a large commit: write the checkpoint by itself, so that no reader has to check the lines before it.
+
+        The commit is done without it, so a failure is only logged; then the next commit writes it.
+        """
+        image = self.current
+        self._pending.append(image.checkpoint(self.flushed, image.log_end))
+        try:
+            self.write()
+        except WriteFailed as failure:
+            _logger.warning("%s: a checkpoint could not be written: %s", self.path, failure.error)
+
     def write(self) -> int:
-        """Append what was taken in, and say how many bytes. Raises WriteFailed, StateOutcomeUnknownError."""
+        """Append the pending lines, and return their size. Raises WriteFailed, StateOutcomeUnknownError."""
         pending = self._pending
         if not pending:
             return 0
@@ -178,7 +208,7 @@ class LogFile(LogView):
         except OSError as error:
             failure = self._unavailable(error, "write to")
             failure.__cause__ = error
-            complete = self._take_back(data, written, image.log_end - size)
+            complete = self._take_back(written, image.log_end - size)
             line_end = self.line_end
             self.forget()
             raise WriteFailed(failure, complete, line_end) from error
@@ -197,10 +227,12 @@ class LogFile(LogView):
             raise self.unknown(self._unavailable(error, "look at")) from error
         if self.size != image.log_end:
             self.forget()
-            raise self.unknown(f"somebody else wrote to {self.path} at the same time (its locks do not work)")
+            raise self.unknown(
+                f"another process wrote to {self.path} at the same time (locks do not work on this file system)"
+            )
 
     def _appending(self, image: LogImage) -> int:
-        """The file, open for appending; made if there is none. Raises OSError."""
+        """The descriptor, open for appending; the file is created if there is none. Raises OSError."""
         reader = self.reader
         if self.identity is None:
             self.entry = self.folder.syncs_begun
@@ -210,13 +242,13 @@ class LogFile(LogView):
         elif reader.fd < 0 and not self._reopen(image):
             raise FileNotFoundError(2, "it was replaced while its lock was held")
         if not reader.writable:
-            reader.open_for_appending()  # its mode may have been changed since; else this fails, with the reason
+            reader.open_for_appending()  # its mode may have been changed since; otherwise this raises the reason
         return reader.fd
 
-    def _take_back(self, data: bytes, written: int, offset: int) -> int:
-        """After a failed write: leave no fragment. Says where complete lines, which readers may know, end."""
+    def _take_back(self, written: int, offset: int) -> int:
+        """Cut off what a failed write left of a commit. Returns where the complete ones end, which readers may know."""
         fs, fd = self.folder.fs, self.reader.fd
-        complete = data.rfind(b"\n", 0, written) + 1
+        complete = max(end for end in accumulate(map(len, self._pending), initial=0) if end <= written)
         try:
             if offset == 0 and complete == 0 and fd >= 0:
                 fs.unlink(self.path)
@@ -224,14 +256,14 @@ class LogFile(LogView):
                 fs.truncate(fd, offset + complete)
         except OSError as error:
             _logger.warning(
-                "%s: what a failed write left could not be cut off, the next writer will: %s", self.path, error
+                "%s: the rest of a failed write could not be cut off; the next writer cuts it: %s", self.path, error
             )
         return offset + complete
 
     # --- flushing
 
     def is_flushed(self) -> bool:
-        """Whether everything is known to be on disk. (Nobody knows that of what others wrote.)"""
+        """Whether everything is known to be on disk. (What other processes wrote is not known to be.)"""
         return self.identity is None or (self.synced == self.current.log_end and self.folder.syncs_done > self.entry)
 
     def flush(self) -> None:
@@ -242,7 +274,7 @@ class LogFile(LogView):
             raise self.flush_failed(error) from error
 
     def flush_lazily(self) -> None:
-        """For one who does not hold the file's lock. Raises StateError; then the next writer heals the file."""
+        """`flush` without the file's lock. Raises StateError; then the next writer rewrites the file."""
         try:
             self.refresh()
             if self.identity is not None:
@@ -264,30 +296,32 @@ class LogFile(LogView):
             folder.sync()
 
     def note_flushed(self) -> None:
-        """Everything that was written is on disk."""
+        """Note that everything that was written is on disk."""
         self.synced = self.flushed = self.current.log_end
 
     def flush_failed(self, error: OSError) -> StateOutcomeUnknownError:
-        """Believe nothing that was not flushed: mark the file for all, and write it again. Returns what to raise."""
+        """Mark the file for all processes, and rewrite it: nothing unflushed can be trusted. Returns what to raise."""
         reason = self._unavailable(error, "flush")
         try:
             self._mark_suspect()
             self._write_again()
         except StateError as again:
-            _logger.warning("%s: its flush failed, and it could not be written again yet: %s", self.path, again)
+            _logger.warning("%s: its flush failed, and it could not be rewritten yet: %s", self.path, again)
         self.forget()
         return self.unknown(reason)
 
     def _mark_suspect(self) -> None:
-        """Tell all who are to write to the file that what it shows may not be on disk."""
+        """Mark the file for all writers: what it shows may not be on disk."""
         self.suspect = True
         try:
             self.folder.fs.change_mode(self.path, FILE_MODE | SUSPECT)
         except OSError as error:
-            _logger.warning("%s: its flush failed, and other processes could not be told: %s", self.path, error)
+            _logger.warning(
+                "%s: its flush failed, and it could not be marked for other processes: %s", self.path, error
+            )
 
     def _write_again(self) -> None:
-        """Write the intact content of the file to a new one that takes its place. Raises StateError."""
+        """Replace the file by a new one with its intact content. Raises StateError."""
         image = self.current
         try:
             if self.reader.fd < 0:
@@ -299,17 +333,43 @@ class LogFile(LogView):
         except OSError as error:
             if isinstance(error, StateError):
                 raise
-            raise self._unavailable(error, "write again") from error
+            raise self._unavailable(error, "rewrite") from error
 
     # --- writing as a whole
 
-    def _begin_anew(self, effects: Effects, now: int) -> None:
-        """Replace the file by one that holds nothing of what was before, but the commit ids."""
+    def _begin_anew(self, effects: Effects, now: int, *, flush: bool) -> None:
+        """Replace the file by one without what was before, except for the commit ids.
+
+        Without `flush`, a power cut may leave an empty file, which is no context.
+        """
         self.write()
         adopted = self.document or self.adopted
         if adopted is not None:
             self.left.remove_adopted()
         image = self.current.after_expiry()
+        had_document = self.document is not None
+        if is_large(effects.appended):
+            image.apply(effects)
+            first = effects.keep
+            self.replace_with(image, adopted, lambda start, stop: effects.appended[start - first : stop - first])
+        else:
+            self._replace(self._lines_anew(image, effects, adopted, now), image, flush=flush)
+            self.line_end = image.log_end
+            self.adopted = adopted
+        if had_document:
+            try:
+                self.left.remove()
+            except StateUnavailableError as error:
+                self.forget()
+                raise self.unknown(error) from error
+        if self.image is None:
+            try:
+                self._load()
+            except StateError as error:
+                raise self.unknown(error) from error
+
+    def _lines_anew(self, image: LogImage, effects: Effects, adopted: list[Any] | None, now: int) -> list[bytes]:
+        """The lines of a log in which nothing came before `effects` but commit ids; `image` becomes what they say."""
         image.forget = None
         lines = [image.header(adopted)]
         if not effects.exists:
@@ -319,25 +379,16 @@ class LogFile(LogView):
             lines.append(image.checkpoint())
         if effects.exists:
             lines.append(image.advance(effects, None))
-        had_document = self.document is not None
-        self._replace(lines, image)
-        self.line_end = image.log_end
-        self.adopted = adopted
-        if had_document:
-            try:
-                self.left.remove()
-            except StateUnavailableError as error:
-                self.forget()
-                raise self.unknown(error) from error
+        return lines
 
-    def _clean_up(self, absent: LogImage, now: int) -> None:
-        """Remove what is left of a context that does not exist, but for commit ids that must be remembered yet."""
+    def _clean_up(self, absent: LogImage, now: int, *, flush: bool) -> None:
+        """Remove what is left of an absent context, except for commit ids that must still be remembered."""
         if (absent.forget or 0) <= now:
             self._remove()
         elif self.current.exists:
             tombstone = LogImage(self.context_id)
             tombstone.commits, tombstone.forget = absent.commits, absent.forget
-            self._replace([tombstone.header(self.adopted), tombstone.checkpoint(None)], tombstone)
+            self._replace([tombstone.header(self.adopted), tombstone.checkpoint(None)], tombstone, flush=flush)
 
     def _remove(self) -> None:
         try:
@@ -350,21 +401,21 @@ class LogFile(LogView):
             self.forget()
 
     def _adopt(self, image: LogImage) -> LogImage:
-        """Make a log of the document: it gets its name in one step, and only then the document loses its."""
+        """Convert the document to a log: the log gets its name atomically, and then the document is renamed."""
         messages, start = image.recent, image.start
         self.replace_with(image, self.document, lambda first, stop: messages[first - start : stop - start])
         self.left.put_away()
         return self._load()
 
     def _finish_adoption(self, image: LogImage) -> None:
-        """Do what a crash in the middle of it prevented."""
+        """Finish a conversion that a crash interrupted."""
         if image.exists:
             self.left.put_away()
         else:
             self.left.remove()
 
     def rewrite(self) -> None:
-        """Write the file as a whole, without what is superseded. Raises StateError."""
+        """Rewrite the file without superseded data. Raises StateError."""
         image = self.current
         try:
             if self.reader.fd < 0 and not self._reopen(image):
@@ -374,14 +425,14 @@ class LogFile(LogView):
         self.replace_with(image, self.adopted, partial(self.reader.messages, image))
 
     def replace_with(self, image: LogImage, adopted: list[Any] | None, read: Any) -> None:
-        """Put a log that says what `image` does in the place of this one. `read` gives the messages."""
+        """Replace the file by a new log of `image`. `read` returns its messages."""
         try:
             self._replace(whole_log(self.context_id, image, adopted, read), None)
         except Damage as damage:
             raise self.corrupted(damage) from damage
 
     def _replace(self, lines: Iterable[bytes], image: LogImage | None, *, flush: bool = True) -> None:
-        """Atomically put a new file in the place of this one, flushed before it gets the name; `flush` may follow.
+        """Atomically put a new file in the place of this one, flushed before it gets the name unless not `flush`.
 
         With `image`, what is known of the new file; without, it is read when it is needed. Raises
         StateUnavailableError; StateOutcomeUnknownError; and Damage, where `lines` does.
@@ -412,16 +463,16 @@ class LogFile(LogView):
     # --- errors
 
     def unknown(self, reason: object) -> StateOutcomeUnknownError:
-        """What to raise from `reason`, where a commit may be stored for good or not."""
+        """What to raise from `reason` where it is not known whether a commit is stored durably."""
         return StateOutcomeUnknownError(
-            f"{str(reason).removesuffix('; nothing was done')}: whether it is stored for good is not known; "
+            f"{str(reason).removesuffix('; nothing was done')}: whether it is stored durably is not known; "
             "the same call again with the same commit_id is applied at most once",
             context_id=self.context_id,
         )
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines joined to pieces worth a write."""
+    """Lines joined into large writes."""
     gathered: list[bytes] = []
     size = 0
     for line in lines:

@@ -28,11 +28,13 @@ since 1970.
     with the previous list.
 
 ``{"history":0,"count":9,"add":[...]}``, ``{"index":[<runs>],"older":...}``
-    Messages from this position on and lists of runs, in a file that was written as a whole.
+    Messages from this position on (what was there before is dropped), and lists of runs. They count once a
+    commit's line or a checkpoint follows. So a commit with many messages is written, whose own line has none; and a
+    file that is written as a whole, where a checkpoint follows. Without that line they are a torn end.
 
 `flushed` tells, in lines that were written while bytes before them might not be on disk yet, up to where the file was
-flushed. No process acknowledges a line before it is flushed (with fsync "always"), and writes only once what is
-before it is flushed, so it is seldom there.
+flushed; lines of history say it wherever the file is not written as a whole. No process acknowledges a line before it
+is flushed (with fsync "always"), and writes only once what is before it is flushed, so it is seldom there.
 
 What a crash can do to the end of a log is *torn*: a fragment without newline, or a region in which blocks of NULs
 stand for what never reached the disk. Nothing in it was acknowledged, readers ignore it, and the next one who writes

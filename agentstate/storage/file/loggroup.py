@@ -28,7 +28,7 @@ _LONGEST_PAUSE: Final = 0.01
 class _Unit:
     """The operations on one context in a group, in order, and their outcomes."""
 
-    __slots__ = ("ends", "indexes", "log", "operations", "outcomes", "written")
+    __slots__ = ("ends", "found", "indexes", "log", "operations", "outcomes", "written")
 
     def __init__(self) -> None:
         self.indexes: list[int] = []
@@ -36,7 +36,8 @@ class _Unit:
         self.outcomes: list[Outcome | StateError] = []
         self.ends: list[int] = []  # after each operation, where the line of the last commit ends
         self.written = False
-        self.log: LogFile | None = None  # the log of the context, once it is locked
+        self.found: LogFile | None = None  # the log of the context, as the cache has it
+        self.log: LogFile | None = None  # the same, once it is locked
 
     def settle_all(self, settle: Settle) -> None:
         for index, outcome in zip(self.indexes, self.outcomes, strict=True):
@@ -106,7 +107,7 @@ class LogGroups:
                 unit.outcomes = [_outcome_of(self._operations.carry_out, operation) for operation in unit.operations]
                 unit.settle_all(settle)
             else:
-                log = self._cache.log_of(context_id)
+                unit.found = log = self._cache.log_of(context_id)
                 waiting.setdefault(log.file_lock or self._operations.lock_of(log), []).append(unit)
         try:
             if waiting and not self._access.is_open:
@@ -182,12 +183,12 @@ class LogGroups:
 
     def _take_in(self, unit: _Unit) -> None:
         """Write a unit's commits to their file. Its log stays locked until they are flushed."""
-        context_id = unit.operations[0].context_id
-        log = self._cache.log_of(context_id)
+        log = unit.found
+        assert log is not None
         log.lock.acquire()
         while log.discarded:
             log.lock.release()
-            log = self._cache.log_of(context_id)
+            log = self._cache.log_of(log.context_id)
             log.lock.acquire()
         unit.log = log
         if log.in_use:
@@ -197,7 +198,14 @@ class LogGroups:
             log.ready()
             for operation in unit.operations:
                 identity = log.identity
-                unit.outcomes.append(self._outcome(log, operation))
+                try:
+                    if time.monotonic() >= operation.deadline:
+                        check_deadline(operation)
+                    if log.image is None:  # after an error
+                        log.ready()
+                    unit.outcomes.append(self._operations.apply(log, operation))
+                except StateError as error:
+                    unit.outcomes.append(_for_operation(error, operation))
                 unit.ends.append(log.line_end)
                 if log.identity != identity:  # what was before is in the new file, or superseded by it
                     unit.ends = [0] * len(unit.ends)
@@ -210,16 +218,6 @@ class LogGroups:
         except StateError as error:
             log.forget_unwritten()
             unit.fail_all(error)
-
-    def _outcome(self, log: LogFile, operation: Any) -> Outcome | StateError:
-        try:
-            if time.monotonic() >= operation.deadline:
-                check_deadline(operation)
-            if log.image is None:  # after an error
-                log.ready()
-            return self._operations.apply(log, operation)
-        except StateError as error:
-            return _for_operation(error, operation)
 
     def _undo(self, unit: _Unit, log: LogFile, failure: WriteFailed) -> None:
         """A write failed: commits whose lines are whole stay, the others are not done."""
@@ -276,7 +274,7 @@ class LogGroups:
         if log.image is not None and unit.written:
             if self._operations.lazy is not None:
                 self._operations.lazy.add(log)
-            self._operations.rewrite_if_due(log)
+            self._operations.tidy(log)
         log.in_use = False
 
     def _flush_everything(self, units: set[_Unit]) -> bool:
@@ -310,7 +308,7 @@ def _outcome_of(function: Callable[[Any], Outcome], operation: Any) -> Outcome |
 
 
 def _for_operation(error: StateError, operation: Operation) -> StateError:
-    """An error that operations share, as that of one of them: each is raised in a place of its own."""
+    """A copy of a shared error for one operation: each is raised separately, with its own traceback."""
     own = copy.copy(error)
     own.__cause__ = error.__cause__
     own.context_id = getattr(operation, "context_id", None)
@@ -320,7 +318,7 @@ def _for_operation(error: StateError, operation: Operation) -> StateError:
 
 
 def _make_unknown(unit: _Unit, error: StateError) -> None:
-    """A flush failed: whether any of the commits is stored for good is not known."""
+    """A flush failed: whether any of the commits is stored durably is not known."""
     for number, operation in enumerate(unit.operations):
         if isinstance(operation, Commit) and not isinstance(unit.outcomes[number], StateError):
             unit.outcomes[number] = _for_operation(error, operation)

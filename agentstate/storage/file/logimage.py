@@ -1,8 +1,9 @@
-"""What a log says, as far as one needs to know it: replaying lines, and adding lines to the end."""
+"""The state of a log in memory: replaying lines, and making the lines that come next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, Final
 from zlib import crc32
 
@@ -27,21 +28,21 @@ from .logformat import (
 )
 
 _RUN_BYTES: Final = 16 * 1024
-"""How much of a file one run may span: what has to be read to find one message."""
+"""Bytes of a file that one run may span, all of which are read to find one message."""
 
 _RECENT_MESSAGES: Final = 64
 _RECENT_BYTES: Final = 16 * 1024
-"""How much of a history's end an image keeps."""
+"""How many of the last messages an image holds."""
 
 _CHECKPOINT_EVERY: Final = 4 * 1024
 _CHECKPOINT_SHARE: Final = 4
-"""A checkpoint is due after so many bytes, and so many times the size of the last one."""
+"""A checkpoint is due after this many bytes, and this many times the size of the last checkpoint."""
 
 _UNREAD_COMMITS: Final = 16
-"""So many times, what lines say of commit ids is put aside before it is looked at."""
+"""Lists of commit ids that may be waiting to be parsed."""
 
 _GARBAGE_UNHEEDED: Final = 64 * 1024
-"""Bytes; a file with less superseded data is never rewritten."""
+"""Bytes of superseded data below which a file is never rewritten."""
 
 _REMEMBER: Final = int(REMEMBER_CLEARED * 1_000_000)
 """Microseconds for which the commit ids of a context that is gone are kept."""
@@ -52,11 +53,19 @@ _STATE: Final = ("exists", "user_id", "created", "updated", "revision", "expires
 
 _HISTORY_BYTES: Final = 16 * 1024
 _RUNS_IN_INDEX: Final = 64
-"""In a log that is written as a whole: how much history a line holds, and how many runs one lists."""
+"""Bytes of messages in a line of history, and runs in an index line."""
+
+_LARGE: Final = 64 * 1024
+"""Bytes of messages above which a commit is written as lines of history and a record."""
+
+LARGE: Final = b'{"history":'
+"""The beginning of what is written for such a commit."""
+
+_READ_TOGETHER: Final = 16
 
 
 class LogImage(Image):
-    """A context as its log tells it, and what one needs to know about the log to go on with it."""
+    """A context as its log describes it, and the state that is needed to append to the log."""
 
     __slots__ = (
         "_commits",
@@ -78,6 +87,7 @@ class LogImage(Image):
         "runs",
         "seal",
         "seed",
+        "staged",
     )  # fmt: skip
 
     def __init__(self, context_id: str) -> None:
@@ -86,13 +96,14 @@ class LogImage(Image):
         super().__init__()
         self.context_id = context_id
         self.seed = seed_of(context_id)
-        self.log_end = 0  # where the last good line ends
+        self.log_end = 0  # where the last good line ends; lines of history count once a later line confirms them
+        self.staged = False  # whether such lines were replayed that no later line has confirmed
         self.seal = b""  # of that line
         self.base = 0
         self.live = 0
         self.checkpoint_size = 0
-        self.checkpoint_due = _CHECKPOINT_EVERY  # once the log has grown to here
-        self.rewrite_due = _GARBAGE_UNHEEDED  # not worth asking before it has grown to here
+        self.checkpoint_due = _CHECKPOINT_EVERY  # when the log has this size
+        self.rewrite_due = _GARBAGE_UNHEEDED  # not to be considered before the log has this size
         self.forget: int | None = None
         self.runs: list[Run] = []  # from some position on
         self.listed = 0  # how many of them checkpoints list
@@ -104,7 +115,7 @@ class LogImage(Image):
 
     @property
     def commits(self) -> dict[str, Answer]:
-        """The remembered commits. What the log says of them is looked at when it is needed: readers never do."""
+        """The remembered commits, parsed on first use: reads never need them."""
         if self._unread_commits:
             unread, self._unread_commits = self._unread_commits, []
             for ids, answers in unread:
@@ -119,14 +130,14 @@ class LogImage(Image):
         self._commits = commits
 
     def take_state(self, other: Image) -> None:
-        """Be the same context as `other`, but for where the messages are."""
+        """Copy the state of `other`, except for the places of its messages."""
         for name in _STATE:
             setattr(self, name, getattr(other, name))
         self.variables, self.metadata = dict(other.variables), dict(other.metadata)
         self.commits = dict(other.commits)
 
     def after_expiry(self) -> LogImage:
-        """What is left of the context once it has expired, or is cleared: nothing but commit ids, for some time."""
+        """The context after it expired or was cleared: absent, with remembered commit ids."""
         left = LogImage(self.context_id)
         left.commits = dict(self.commits)
         left._forget_state()
@@ -136,9 +147,9 @@ class LogImage(Image):
     # --- replay
 
     def replay(self, data: bytes, offset: int, *, sealed: bool = False) -> None:
-        """Take in the complete lines of `data`, which stands at `offset`. Raises Damage at the first bad one.
+        """Replay the complete lines of `data`, the content at `offset`. Raises Damage at the first bad line.
 
-        `sealed`: that the first one has the right checksum is known already.
+        `sealed`: the checksum of the first line was verified already.
         """
         begin, seed = 0, self.seed
         while True:
@@ -153,18 +164,19 @@ class LogImage(Image):
             try:
                 self._replay_line(fields(line), offset + begin, len(line) + 1)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Damage(offset + begin, f"a line is not understood ({error})") from error
+                raise Damage(offset + begin, f"a line cannot be parsed ({error})") from error
             begin = stop + 1
-            self.log_end = offset + begin
-            self.seal = line[-SEAL_SIZE:]
+            if not self.staged:
+                self.log_end = offset + begin
+                self.seal = line[-SEAL_SIZE:]
 
     def _replay_appends(self, data: bytes, begin: int, offset: int) -> int:
-        """Take in usual lines as long as they follow each other, and say where they end.
+        """Replay consecutive appends of one message each, and return where they end.
 
-        Any doubt is left to the thorough way. Half the time that it takes to read a cold context is spent here, so
-        what can be done once for all of them is.
+        Any other line is left to `_replay_line`. Half the time of a cold read is spent here, so what can be done once
+        for all lines is done after the loop.
         """
-        if not self.exists:
+        if not self.exists or self.staged:
             return begin
         seed, view = self.seed + offset, memoryview(data)
         run, runs = self.open_run, self.runs
@@ -210,16 +222,19 @@ class LogImage(Image):
     def _replay_line(self, said: dict[str, Any], offset: int, size: int) -> None:
         if "rev" in said:
             self.replay_record(said, offset, size)
+            self.staged = False
         elif "checkpoint" in said:
             self.replay_checkpoint(said, offset, size)
+            self.staged = False
         elif "history" in said:
+            self.staged = True
             if not self.runs:
                 self.start = self.end = said["history"]
             self._move(self.start, said["history"], said["add"], offset, size)
         elif "index" in said:
             self._list_runs(said["index"], said.get("older"), offset, size)
         elif offset != 0 or "agentstate" not in said:
-            raise ValueError("of no known kind")
+            raise ValueError("it is of an unknown kind")
 
     def _remember_all(self, ids: list[str] | str, answers: dict[str, Answer]) -> None:
         if len(self._unread_commits) >= _UNREAD_COMMITS:
@@ -253,7 +268,7 @@ class LogImage(Image):
         self._move(said.get("start", self.start), said.get("keep", self.end), said.get("add", []), offset, size)
 
     def replay_checkpoint(self, said: dict[str, Any], offset: int, size: int) -> None:
-        if not (self.exists and self.revision == said["checkpoint"]):  # nothing was replayed that led here
+        if not (self.exists and self.revision == said["checkpoint"]):  # the lines before it were not replayed
             self._forget_state()
             self.exists = said["checkpoint"] > 0
             self.revision = said["checkpoint"]
@@ -281,8 +296,8 @@ class LogImage(Image):
 
     # --- history
 
-    def _move(self, start: int, keep: int, added: list[bytes], offset: int, size: int) -> None:
-        """Messages before: [start, keep) stay; `added` follow, in the line at `offset`."""
+    def _move(self, start: int, keep: int, added: Sequence[bytes], offset: int, size: int) -> None:
+        """Keep the messages [start, keep), and append `added`, which are in the line at `offset`."""
         if keep != self.end:
             self._drop_last(keep)
         if start != self.start:
@@ -314,7 +329,7 @@ class LogImage(Image):
             self._forget_recent()
 
     def _forget_recent(self) -> None:
-        """Keep half of what may be kept: in blocks, so that it costs nothing per message."""
+        """Drop recent messages down to half the limits: in blocks, so that it costs little per message."""
         recent = self.recent[-(_RECENT_MESSAGES // 2) :]
         size = sum(map(len, recent))
         while size > _RECENT_BYTES // 2:
@@ -322,7 +337,7 @@ class LogImage(Image):
         self.recent, self.recent_bytes = recent, size
 
     def note_recent(self, messages: Sequence[bytes]) -> None:
-        """These are the last messages: keep what may be kept of them."""
+        """Hold the last messages, within the limits."""
         self.recent = list(messages[-_RECENT_MESSAGES:])
         self.recent_bytes = sum(map(len, self.recent))
         if self.recent_bytes > _RECENT_BYTES:
@@ -365,10 +380,10 @@ class LogImage(Image):
                 self.open_run = None
         self.start = start
 
-    # --- going on
+    # --- new lines
 
     def seal_next(self, body: bytes) -> bytes:
-        """The line that begins with `body`, at the end of the log; it is taken as written."""
+        """The next line of the log, which begins with `body`; the image is updated as if it were written."""
         line, self.seal = seal_body(body, self.seed, self.log_end)
         self.log_end += len(line)
         return line
@@ -380,9 +395,9 @@ class LogImage(Image):
         return line
 
     def add(self, commit: Commit, now: int, expires: int | None, flushed: int | None) -> bytes:
-        """Become what the context is after a commit that `only_adds` and has no answer, and return the line for it.
+        """Apply a commit that `only_adds` and has no answer, and return its lines.
 
-        Nearly all commits are such: this is what `resolve` and `advance` make of them, in a third of the time.
+        Nearly all commits do: the result is that of `resolve` and `advance`, in a third of the time.
         """
         first = commit.changes[0]
         if type(first) is Append and len(commit.changes) == 1:
@@ -406,8 +421,11 @@ class LogImage(Image):
         if metadata:
             body += b',"meta":' + object_of(metadata)
             self.metadata.update(metadata)
+        staged = b""
         if len(messages) == 1:
             body = b'%b,"add":[%b]' % (body, messages[0])
+        elif is_large(messages):
+            staged, messages = self._stage(self.end, messages, flushed), ()
         elif messages:
             body = b'%b,"count":%d,"add":[%b]' % (body, len(messages), b",".join(messages))
         offset = self.log_end
@@ -417,10 +435,15 @@ class LogImage(Image):
         self.remember(commit_id, b"")
         if messages:
             self._add(messages, offset, size)
-        return line
+        return staged + line if staged else line
 
     def advance(self, effects: Effects, flushed: int | None) -> bytes:
-        """Become what the context is after a commit, and return the line that says so, for the end of the log."""
+        """Apply a commit, and return its lines for the end of the log."""
+        staged = b""
+        if is_large(effects.appended):
+            staged = self._stage(effects.keep, effects.appended, flushed)
+            effects = copy(effects)
+            effects.keep, effects.appended = self.end, []
         offset = self.log_end
         line = self.seal_next(record(self, effects, flushed))
         start, end = self.start, self.end
@@ -428,10 +451,24 @@ class LogImage(Image):
         self.forget = None
         self.start, self.end = start, end  # `_move` sees the difference
         self._move(effects.start, effects.keep, effects.appended, offset, len(line))
-        return line
+        return staged + line
+
+    def _stage(self, position: int, messages: Sequence[bytes], flushed: int | None) -> bytes:
+        """Lines with the messages of a large commit, which count once its record follows: one line of many messages
+        would have to be read as a whole for any of them. Raises ValueError."""
+        if any(b"\n" in message for message in messages):
+            raise ValueError("a stored value holds a line break")
+        flushed = self.log_end if flushed is None else flushed
+        lines = []
+        for batch in in_batches(messages):
+            lines.append(self.history(position, batch, flushed))
+            position += len(batch)
+            if len(self.runs) - self.listed >= _RUNS_IN_INDEX:
+                lines.append(self.index(flushed))
+        return b"".join(lines)
 
     def checkpoint(self, flushed: int | None = None, begun: int | None = None) -> bytes:
-        """The line of a checkpoint, for the end of the log. `begun`: where the write begins that it is a part of."""
+        """A checkpoint line for the end of the log. `begun`: the offset at which the write begins that includes it."""
         offset = self.log_end
         line = self.seal_next(self._checkpoint(flushed, begun))
         if self.listed < len(self.runs):
@@ -478,20 +515,21 @@ class LogImage(Image):
             parts.append(b',"older":[%d,%d]' % self.listing)
         return b"".join(parts)
 
-    def history(self, position: int, messages: list[bytes]) -> bytes:
-        """A line with messages, in a log that is written as a whole."""
+    def history(self, position: int, messages: Sequence[bytes], flushed: int | None = None) -> bytes:
+        """A line of history. A record or a checkpoint must follow."""
         offset = self.log_end
-        body = b'{"history":%d,"count":%d,"add":[%b]' % (position, len(messages), b",".join(messages))
-        line = self.seal_next(body)
+        line = self.seal_next(
+            b'{"history":%d,"count":%d%b,"add":[%b]' % (position, len(messages), _flushed(flushed), b",".join(messages))
+        )
         if not self.runs:
             self.start = self.end = position
         self._move(self.start, position, messages, offset, len(line))
         return line
 
-    def index(self) -> bytes:
-        """A line with the runs that no line lists yet, in a log that is written as a whole."""
+    def index(self, flushed: int | None = None) -> bytes:
+        """A line that lists the runs that no line lists yet. A record or a checkpoint must follow."""
         offset = self.log_end
-        body = b'{"index":' + text(self.runs[self.listed :])
+        body = b'{"index":' + text(self.runs[self.listed :]) + _flushed(flushed)
         if self.listing is not None:
             body += b',"older":[%d,%d]' % self.listing
         line = self.seal_next(body)
@@ -501,7 +539,7 @@ class LogImage(Image):
         return line
 
     def wants_rewriting(self) -> bool:
-        """Whether superseded data outweighs live data by so much that writing the file anew pays.
+        """Whether superseded data outweighs live data by so much that rewriting the file pays.
 
         What was written since the last time is at least twice what has to be written now, so that it costs at most
         half as much as what it follows. Ask once the log has grown to `rewrite_due`.
@@ -512,7 +550,7 @@ class LogImage(Image):
         return garbage > _GARBAGE_UNHEEDED and garbage > 2 * kept and self.log_end > 2 * self.base
 
     def weight(self) -> int:
-        """About how many bytes of memory the image takes up."""
+        """The approximate size of the image in memory, in bytes."""
         values = sum(map(len, self.variables.values())) + sum(map(len, self.metadata.values()))
         commits = len(self._commits) + sum(
             [ids.count(",") if isinstance(ids, str) else len(ids) for ids, _ in self._unread_commits]
@@ -522,7 +560,7 @@ class LogImage(Image):
 
 
 def _added(changes: Any) -> tuple[tuple[bytes, ...], dict[str, bytes], dict[str, bytes]]:
-    """The messages, variables and metadata that changes bring, each of which is an Append or a Put."""
+    """The messages, variables and metadata that are added by changes, each an Append or a Put."""
     messages: list[bytes] = []
     variables: dict[str, bytes] = {}
     metadata: dict[str, bytes] = {}
@@ -536,24 +574,45 @@ def _added(changes: Any) -> tuple[tuple[bytes, ...], dict[str, bytes], dict[str,
     return tuple(messages), variables, metadata
 
 
+def _flushed(size: int | None) -> bytes:
+    return b"" if size is None else b',"flushed":%d' % size
+
+
+def is_large(messages: Sequence[bytes]) -> bool:
+    """Whether the messages of a commit are written as lines of history."""
+    return len(messages) > 1 and sum(map(len, messages)) > _LARGE
+
+
+def in_batches(messages: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The messages, divided into lines of history."""
+    batch: list[bytes] = []
+    size = 0
+    for message in messages:
+        batch.append(message)
+        size += len(message)
+        if size >= _HISTORY_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def whole_log(context_id: str, image: LogImage, adopted: Sequence[Any] | None, read: ReadMessages) -> Iterator[bytes]:
-    """The lines of a log that says what `image` does, and nothing that is superseded."""
+    """The lines of a new log of `image`, without superseded data."""
     new = LogImage(context_id)
     yield new.header(adopted)
     position = image.start
-    while position < image.end:
-        messages: list[bytes] = []
-        size = 0
-        while position < image.end and size < _HISTORY_BYTES:
-            for message in read(position, min(image.end, position + 16)):
-                messages.append(message)
-                size += len(message)
-                position += 1
-                if size >= _HISTORY_BYTES:
-                    break
-        yield new.history(position - len(messages), messages)
+    for batch in in_batches(_messages_of(image, read)):
+        yield new.history(position, batch)
+        position += len(batch)
         if len(new.runs) - new.listed >= _RUNS_IN_INDEX:
             yield new.index()
     new.take_state(image)
     new.base = new.log_end
     yield new.checkpoint()
+
+
+def _messages_of(image: LogImage, read: ReadMessages) -> Iterator[bytes]:
+    """The messages of the history, read a few at a time: each may be large."""
+    for position in range(image.start, image.end, _READ_TOGETHER):
+        yield from read(position, min(image.end, position + _READ_TOGETHER))

@@ -59,7 +59,7 @@ class LogListing:
             # It is there, so it is listed; but its owner and its age are not known.
             if listing.user is None and listing.idle_for is None and error.context_id is not None:
                 return error.context_id
-            _logger.warning("passed over in a listing: %s", error)
+            _logger.warning("skipped in a listing: %s", error)
             return None
         return context_id if _belongs(image, listing) else None
 
@@ -72,7 +72,7 @@ class LogListing:
             reader.open()
             said = reader.last_line()
         except OSError:
-            return None  # reading all of it says why
+            return None  # reading the log reports why
         finally:
             reader.close()
         if said is None or not ("rev" in said or "checkpoint" in said):

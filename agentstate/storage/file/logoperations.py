@@ -48,10 +48,10 @@ class LogOperations:
         if not self.access.is_open:
             self.access.open(operation.deadline)
         if self.exclusive:
-            return self._write(operation)
+            return self._write(operation, self.cache.log_of(operation.context_id))
         log = self.cache.log_of(operation.context_id)
         lock = log.file_lock or self.lock_of(log)
-        return lock.run(operation.deadline, operation.context_id, self._write, operation)
+        return lock.run(operation.deadline, operation.context_id, self._write, operation, log)
 
     def lock_of(self, log: LogFile) -> FileLock:
         lock = log.file_lock
@@ -84,12 +84,12 @@ class LogOperations:
                     if not log.weight or self.cache.is_full():
                         self.cache.keep(log)
 
-    def _write(self, operation: Commit | Lease) -> Outcome:
+    def _write(self, operation: Commit | Lease, log: LogFile) -> Outcome:
         while True:
-            log = self.cache.log_of(operation.context_id)
             with log.lock:
                 if not log.discarded:
                     return self._write_to(log, operation)
+            log = self.cache.log_of(operation.context_id)
 
     def _write_to(self, log: LogFile, operation: Commit | Lease) -> Outcome:
         try:
@@ -173,7 +173,7 @@ class LogOperations:
                 self.flush(log, written=True)
         elif self.lazy is not None:
             self.lazy.add(log)
-        self.rewrite_if_due(log)
+        self.tidy(log)
 
     def flush(self, log: LogFile, *, written: bool) -> None:
         """Flush a log. `written`: whether it holds something new of the operations that wait for it.
@@ -188,9 +188,15 @@ class LogOperations:
             reason = str(error).partition(": whether")[0]
             raise StateUnavailableError(f"{reason}; nothing was done", context_id=error.context_id) from error
 
-    def rewrite_if_due(self, log: LogFile) -> None:
-        """Write a file without what is superseded. What was committed is in the old one too: no error of a call."""
+    def tidy(self, log: LogFile) -> None:
+        """After a log was written and flushed: rewrite it without what is superseded, where that pays.
+
+        What was committed is in the old file too: a failure is no error of a call.
+        """
         image = log.image
+        if image is not None and image.log_end >= image.checkpoint_due:
+            log.add_checkpoint()
+            image = log.image
         if image is None or image.log_end < image.rewrite_due or not image.wants_rewriting():
             return
         try:

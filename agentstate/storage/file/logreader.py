@@ -1,4 +1,4 @@
-"""Reading a log file: as little of it as the question needs, and nothing that is not verified."""
+"""Reading log files: only the part that is needed, and only lines whose checksum is right."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from .logformat import (
 from .logimage import LogImage
 
 _TAIL: Final = 8 * 1024
-"""Bytes that are read of a file's end at first: the last checkpoint is mostly in them."""
+"""Bytes at the end of a file that are read first; they usually contain the last checkpoint."""
 HEAD: Final = 8 * 1024
-"""Bytes in which any header ends."""
+"""Bytes; no header is longer."""
 _PIECE: Final = 1 << 20
 
 _NOT_WRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,7 +41,7 @@ _first_position = itemgetter(0)
 
 
 class LogReader:
-    """A log file, open or not. Its methods raise OSError, and Damage where the file does not say what a log says."""
+    """A log file, open or closed. Methods raise OSError, and Damage where the content is not that of a log."""
 
     __slots__ = ("context_id", "fd", "folder", "path", "seed", "writable")
 
@@ -54,7 +54,7 @@ class LogReader:
         self.writable = False
 
     def open(self) -> None:
-        """Open the file for appending, or at least for reading."""
+        """Open the file for appending, or for reading only where it is not writable."""
         try:
             self.open_for_appending()
         except OSError as error:
@@ -64,7 +64,7 @@ class LogReader:
             self.folder.open_files += 1
 
     def open_for_appending(self) -> None:
-        """Open the file anew, for appending too."""
+        """Reopen the file for reading and appending."""
         self.close()
         self.fd, self.writable = self.folder.fs.open(self.path, APPEND, FILE_MODE), True
         self.folder.open_files += 1
@@ -80,7 +80,7 @@ class LogReader:
         fd, self.fd, self.writable = self.fd, -1, False
         if fd >= 0:
             self.folder.open_files -= 1
-            with suppress(OSError):  # what it might tell of writes, a flush tells
+            with suppress(OSError):  # a failed write is reported by the flush
                 self.folder.fs.close(fd)
 
     def status(self) -> os.stat_result:
@@ -94,7 +94,7 @@ class LogReader:
         return self.read(max(0, end - SEAL_SIZE - 1), SEAL_SIZE + 1) == seal + b"\n"
 
     def read(self, offset: int, size: int) -> bytes:
-        """These bytes, or those of them that there are."""
+        """The bytes at this place: fewer than `size` only at the end of the file."""
         read_at = self.folder.fs.read_at
         data = read_at(self.fd, size, offset)
         if len(data) < size and data:
@@ -110,7 +110,7 @@ class LogReader:
     # --- the image
 
     def image(self, size: int) -> tuple[LogImage, list[Any] | None]:
-        """What the first `size` bytes say, and which document the log was made from."""
+        """The image after the first `size` bytes, and the document that the log was made from."""
         begin = max(0, size - _TAIL)
         data = self.read(begin, size - begin)
         while (start := _last_checkpoint(data)) < 0 and begin > 0:
@@ -132,7 +132,8 @@ class LogReader:
             good_end, damage = error.offset, error
         if good_end < size:
             self.check_torn(good_end, size, damage)
-        if good_end < begin + start:  # what the checkpoint builds on never reached the disk
+        # Lines before the checkpoint never reached the disk, or the record of a large commit is missing.
+        if good_end < begin + start or image.staged:
             return self.image(good_end) if good_end > 0 else (LogImage(self.context_id), None)
         return image, adopted
 
@@ -144,7 +145,7 @@ class LogReader:
         return adopted
 
     def _check_write(self, offset: int, checkpoint: bytes, data: bytes, begin: int) -> bool:
-        """Check the lines that were written together with a checkpoint: it may have reached the disk, and they not.
+        """Check the lines that were written together with a checkpoint: it may be on disk while they are not.
         `data`, which stands at `begin`, was read already. False if the checkpoint itself is not sealed.
 
         (With fsync "no" that holds for lines long before it too. It is noticed when they are read.)
@@ -161,7 +162,7 @@ class LogReader:
         return True
 
     def catch_up(self, image: LogImage, size: int) -> None:
-        """Take in what the file has grown by since `image` was read, if it still begins as it did."""
+        """Replay what was appended since `image` was read, after checking that the last known line is still there."""
         known = len(image.seal) + 1 if image.seal else 0
         begin = image.log_end - known
         data = self.read(begin, size - begin)
@@ -174,14 +175,16 @@ class LogReader:
             damage = error
         if image.log_end < size:
             self.check_torn(image.log_end, size, damage)
+        if image.staged:
+            raise Damage(image.log_end, "the record of a large commit is missing")
 
     def check_torn(self, offset: int, size: int, damage: Damage | None = None) -> None:
-        """Raise Damage unless what stands between is what a crash leaves behind."""
+        """Raise Damage unless the bytes [offset, size) are what a crash leaves behind."""
         if not is_torn(self.read(offset, size - offset), self.seed, offset):
-            raise damage or Damage(offset, "the newline of the last line is another byte")
+            raise damage or Damage(offset, "the newline of the last line is damaged")
 
     def last_line(self) -> dict[str, Any] | None:
-        """What the last line says, if it fits into a few kilobytes and the file ends with it."""
+        """The fields of the last line; None if it is longer than a few kilobytes or is not complete."""
         size = self.status().st_size
         begin = max(0, size - HEAD)
         data = self.read(begin, size - begin)
@@ -205,7 +208,7 @@ class LogReader:
         position = first
         while position < stop:
             if index < 0 or index >= len(runs):
-                raise Damage(0, f"nothing says where message {position} is")
+                raise Damage(0, f"no line lists message {position}")
             end = runs[index + 1][0] if index + 1 < len(runs) else image.end
             messages += self._run(runs[index], position, min(stop, end))
             position = min(stop, end)
@@ -218,14 +221,14 @@ class LogReader:
         if not is_sealed(line, self.seed, offset):
             raise Damage(offset, "a checkpoint's checksum does not match")
         try:
-            # After this field come numbers only, so its last occurrence is the field.
+            # Only numbers follow this field, so its last occurrence is the field.
             said = fields(b"{" + line[line.rindex(b',"runs":') + 1 :] if b',"runs":' in line else line)
             runs: list[Run] = said["runs"] if "runs" in said else said["index"]
             older = said.get("older")
             if older is not None and older[0] >= offset:
-                raise ValueError("it names a later one as the one before")
+                raise ValueError("it names a later line as the previous one")
         except (ValueError, KeyError, TypeError) as error:
-            raise Damage(offset, f"a checkpoint is not understood ({error})") from error
+            raise Damage(offset, f"a checkpoint cannot be parsed ({error})") from error
         stop = image.runs[0][0] if image.runs else image.end
         runs = [run for run in runs if run[0] < stop]  # the others were popped
         image.runs[:0] = runs
@@ -243,7 +246,7 @@ class LogReader:
         return self._part_of_run(data, run, first, stop)
 
     def _usual_lines(self, data: bytes, begin: int, offset: int) -> list[bytes] | None:
-        """The messages of usual lines, from `begin` to the end of `data`; None where others are among them."""
+        """The messages from `begin` to the end of `data`; None unless all lines are appends of one message."""
         messages = []
         seed, view, match_line = self.seed + offset, memoryview(data), APPEND_LINE.match
         while (match := match_line(data, begin)) is not None:
@@ -256,11 +259,11 @@ class LogReader:
         return messages if begin == len(data) else None
 
     def _part_of_run(self, data: bytes, run: Run, first: int, stop: int) -> list[bytes]:
-        """From the last line backwards: mostly the last messages are wanted."""
+        """The messages [first, stop) of a run, read from its last line backwards: usually the last ones are wanted."""
         begin, count, offset, _ = run
         limit = len(data) - 1
         if limit < 0 or data[limit] != 10:
-            raise Damage(offset, "a line ends before its end")
+            raise Damage(offset, "a line is cut short")
         end = begin + count
         parts: list[list[bytes]] = []
         while end > first:
@@ -277,7 +280,7 @@ class LogReader:
         return [message for part in parts for message in part]
 
     def _messages_in(self, data: bytes, start: int, limit: int, offset: int) -> list[bytes]:
-        """The messages in the line that stands at [start, limit) of what was read at `offset`."""
+        """The messages of the line data[start:limit]; `offset` is the place of `data` in the file."""
         match = APPEND_LINE.match(data, start)
         if match is not None:
             body = data[start : limit - SEAL_SIZE]
@@ -291,12 +294,12 @@ class LogReader:
     # --- all of it
 
     def lines(self, end: int) -> Iterator[bytes]:
-        """Everything up to `end`, in pieces of whole lines, each verified."""
+        """The file up to `end`, in pieces of whole lines whose checksums are verified."""
         offset, rest = 0, b""
         while offset < end:
             data = self.read(offset + len(rest), min(_PIECE, end - offset - len(rest)))
             if not data:
-                raise Damage(offset, "a line ends before its end")
+                raise Damage(offset, "a line is cut short")
             data = rest + data
             begin = 0
             while (stop := data.find(b"\n", begin)) >= 0:

@@ -1,4 +1,4 @@
-"""Looking through logs as a whole, and saving what is intact in a damaged one."""
+"""Verifying whole logs, and repairing damaged ones."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .logview import SUFFIX, LogView, context_of_log
 from .names import NamePages
 
 DAMAGED: Final = ".damaged"
-"""What is appended to the name of a damaged log once its intact part has taken its place."""
+"""The suffix of a damaged log that was repaired: the original is kept under this name."""
 
-NO_PART: Final = "a document is intact as a whole or not at all: mend {} by hand"
+NO_PART: Final = "{} is a single JSON document, of which no part can be recovered automatically; repair it by hand"
 
 _PIECE: Final = 1 << 20
 _PAGE: Final = 500
 
 
 class Problem(NamedTuple):
-    """Something in a store that is not as it should be."""
+    """A fault in a store."""
 
     context_id: str | None
     path: str
@@ -44,19 +44,19 @@ class Problem(NamedTuple):
 
 
 class Repair(NamedTuple):
-    """What became of a damaged conversation."""
+    """The result of a repair."""
 
     context_id: str
     messages: int
-    """How many messages it has now."""
+    """The number of messages after the repair."""
     lost_bytes: int
-    """How much of the file could not be understood."""
+    """The number of bytes that could not be recovered."""
     original: str | None
-    """Where the damaged file is now; None if there was no damage, and nothing was done."""
+    """The path of the damaged original; None if there was no damage and nothing was changed."""
 
 
 def problems(folder: Folder) -> Iterator[Problem]:
-    """What is damaged of all that is stored in a folder, in whatever layout. Raises StateUnavailableError."""
+    """The faults of all files in a folder, of both layouts. Raises StateUnavailableError."""
     names = NamePages(folder, (SUFFIX, DOCUMENT))
     cursor: str | None = ""
     while cursor is not None:
@@ -87,7 +87,7 @@ def _examine_document(folder: Folder, context_id: str) -> str | None:
 
 
 def examine(log: LogView) -> str | None:
-    """What is wrong with a log, as a whole; None if nothing is. Raises StateUnavailableError."""
+    """Read a whole log and describe its first fault; None if there is none. Raises StateUnavailableError."""
     try:
         return _damage_of(log)
     except StateConflictError as error:
@@ -95,18 +95,18 @@ def examine(log: LogView) -> str | None:
 
 
 def _damage_of(log: LogView) -> str | None:
-    """What is damaged in a log. Raises StateConflictError where another program's document is beside it."""
+    """Like `examine`, but raises StateConflictError where a document of another program is beside the log."""
     try:
         image = log.refresh()
         if log.identity is None:
             return None
         whole = _replayed(log.reader, image.log_end)
         if _state(whole) != _state(image):
-            return "the last checkpoint does not say what the lines before it say"
+            return "the last checkpoint does not agree with the lines before it"
         for first in range(image.start, image.end, _PAGE):
             stop = min(image.end, first + _PAGE)
             if log.reader.messages(image, first, stop) != log.reader.messages(whole, first, stop):
-                return f"the checkpoints do not say where message {first} and those after it are"
+                return f"the checkpoints do not list message {first} and those after it correctly"
     except Damage as damage:
         return str(damage)
     except StateCorruptedError as error:
@@ -121,7 +121,7 @@ def _damage_of(log: LogView) -> str | None:
 
 
 def _replayed(reader: LogReader, end: int) -> LogImage:
-    """What all lines together say."""
+    """The image after replaying all lines, checkpoints ignored."""
     image = LogImage(reader.context_id)
     offset = 0
     for piece in reader.lines(end):
@@ -138,7 +138,7 @@ def _state(image: LogImage) -> tuple[Any, ...]:
 
 
 def repair(log: LogFile) -> Repair:
-    """Put what is intact of a damaged log in its place, and keep the damaged file beside it.
+    """Replace a damaged log by its intact part, and keep the damaged file beside it.
 
     What damaged lines said is lost, what all others say is kept; messages after the damage keep their positions
     wherever a later checkpoint tells them. Hold the log's locks. Raises StateUnavailableError; StateConflictError where
@@ -149,7 +149,7 @@ def repair(log: LogFile) -> Repair:
         image = log.current
         if log.identity is None:
             raise ContextNotFoundError(f"there is no log of {log.context_id!r}", context_id=log.context_id)
-        _flush_names(log)  # perhaps of a repair that did not get that far
+        _flush_names(log)  # a repair may have been interrupted before this
         return Repair(log.context_id, image.end - image.start, 0, None)
     try:
         try:
@@ -176,9 +176,9 @@ def repair(log: LogFile) -> Repair:
 
 
 def _name_beside(log: LogFile, data: bytes) -> str:
-    """Where to keep a damaged log: not in the place of another one that was damaged earlier."""
+    """The path under which to keep a damaged log, different from those of earlier repairs."""
     names = (log.path + DAMAGED + (str(number) if number > 1 else "") for number in count(1))
-    return next(path for path in names if _content(log, path) in (data, None))  # equal: of a repair that was cut short
+    return next(path for path in names if _content(log, path) in (data, None))  # equal: an interrupted repair
 
 
 def _content(log: LogFile, path: str) -> bytes | None:
@@ -212,7 +212,7 @@ def _all_of(reader: LogReader) -> Iterator[bytes]:
 
 
 def _intact_lines(data: bytes, seed: int) -> Iterator[tuple[bytes, int]]:
-    """The lines whose seals hold, with their offsets; also those whose newline alone is damaged."""
+    """The lines whose checksums are right, with their offsets; including those whose newline is damaged."""
     begin = 0
     while begin < len(data):
         newline = data.find(b"\n", begin)
@@ -227,7 +227,7 @@ def _intact_lines(data: bytes, seed: int) -> Iterator[tuple[bytes, int]]:
 
 
 class _Salvage:
-    """Puts a context together from the lines that are left."""
+    """Rebuilds a context from the intact lines of its log."""
 
     def __init__(self, context_id: str) -> None:
         self.image = LogImage(context_id)
@@ -237,7 +237,7 @@ class _Salvage:
     def take(self, line: bytes, offset: int) -> None:
         try:
             said = fields(line)
-        except ValueError:  # sealed, and yet not JSON: nothing that this agentstate wrote
+        except ValueError:  # the checksum is right, but it is not JSON: agentstate did not write it
             return
         self.adopted = said.get("adopted", self.adopted)
         if "rev" in said:
@@ -275,7 +275,7 @@ class _Salvage:
     def _checkpoint(self, said: dict[str, Any], offset: int, size: int) -> None:
         start, end = self.image.start, self.image.end
         stop = said.get("end", 0)
-        self.image.revision = -1  # so that it is taken at its word
+        self.image.revision = -1  # so that its state replaces ours
         self.image.replay_checkpoint(said, offset, size)
         self.image.start, self.image.end = start, end
         if not self.image.exists:
@@ -285,7 +285,7 @@ class _Salvage:
             self._move_to(stop)
 
     def _move_to(self, position: int) -> None:
-        """The next message has this position: those before moved down by what is lost between."""
+        """Give the next message this position; those before it move by the number that was lost."""
         self.image.end = position
         self.image.start = position - len(self.messages)
 

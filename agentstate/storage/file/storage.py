@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -19,24 +20,28 @@ from .loglayout import LogLayout
 if TYPE_CHECKING:
     from ..statistics import StorageStatistics
     from .documents import DocumentFiles
+    from .expiry import ExpirySweep
     from .logrepair import Problem, Repair
 
 CACHE_BYTES: Final = 32 * 1024 * 1024
 
 
 class FileStorage(StateStorage):
-    """Keeps each conversation in a file of its own in the folder `storage_dir`, which is made when it is needed.
+    """Keeps each conversation in a file of its own in the folder `storage_dir`, which is created with the first write.
 
     Any number of threads and processes on one host may use the same folder, on a local file system with working
-    `flock`. Options, beside those of every backend:
+    `flock`. A leading ``~`` in `storage_dir` is the user's home folder. Options, beside those of every backend:
 
     - `layout`: ``"log"`` (append-only JSON Lines; cost does not grow with the conversation) or ``"document"`` (one
       JSON document per conversation, as AgentUp writes it)
     - `fsync`: when what was written is flushed to disk: ``"always"`` (before a call returns: it survives power loss),
-      ``"everysec"`` (once a second), or ``"no"`` (when the system likes)
-    - `exclusive`: this object alone uses the folder as long as it is open: no lock per operation, and nothing is
-      looked up twice. Another one that tries gets a StateUnavailableError.
-    - `cache_bytes`: about how much memory may be spent on knowing the conversations used last
+      ``"everysec"`` (once a second), or ``"no"`` (whenever the operating system does it)
+    - `exclusive`: only this object writes to the folder as long as it is open: no lock per operation, and nothing is
+      looked up twice. Another one that tries to write or clean up gets a StateUnavailableError; others may read.
+    - `cache_bytes`: about how many bytes of memory the cache of the conversations used last may take
+
+    With a `ttl`, a background thread of each process that writes removes what has expired: every half `ttl`, between a
+    second and a minute; more seldom where looking at all conversations would take more than 2 % of the time.
     """
 
     def __init__(
@@ -50,13 +55,11 @@ class FileStorage(StateStorage):
         file_system: FileSystem | None = None,
         **options: Any,
     ) -> None:
-        path: Any = os.fspath(storage_dir)
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise StateConfigError(f"storage_dir is the path of a folder, not {storage_dir!r}")
+        path = _folder_path(storage_dir)
         one_of("layout", layout, ("log", "document"))
         one_of("fsync", fsync, ("always", "everysec", "no"))
         if not isinstance(exclusive, bool):
-            raise StateConfigError(f"exclusive is true or false, not {exclusive!r}")
+            raise StateConfigError(f"exclusive must be true or false, got {exclusive!r}")
         positive_integer("cache_bytes", cache_bytes)
         super().__init__(**options)
         self._folder = Folder(path, file_system or FileSystem(), self.tally)
@@ -64,13 +67,17 @@ class FileStorage(StateStorage):
         self._layout: LogLayout | DocumentFiles
         if layout == "log":
             self._layout = LogLayout(access, ttl=self.ttl, fsync=fsync, cache_bytes=cache_bytes)
-            self._one = self._layout.execute_one
         else:
             from .documents import DocumentFiles
 
             self._layout = DocumentFiles(access, fsync, ttl=self.ttl)
             self._layout.tally = self.tally
-            self._one = self._layout.execute_one
+        self._one = self._layout.execute_one
+        self._expiry: ExpirySweep | None = None
+        if self.ttl is not None:
+            from .expiry import ExpirySweep
+
+            self._expiry = ExpirySweep(self, self.ttl)
 
     @property
     def storage_dir(self) -> str:
@@ -79,6 +86,8 @@ class FileStorage(StateStorage):
 
     def execute(self, operations: Sequence[Operation], settle: Settle) -> None:
         if not self.closed:
+            if self._expiry is not None and not self._expiry.started and self._access.is_open:
+                self._expiry.start()
             self._layout.execute(operations, settle)
             return
         for index in range(len(operations)):
@@ -102,6 +111,8 @@ class FileStorage(StateStorage):
     def execute_one(self, operation: Operation) -> Outcome:
         if self.closed:
             self.check_open()
+        if self._expiry is not None and not self._expiry.started and self._access.is_open:
+            self._expiry.start()
         return self._one(operation)
 
     def has_resources(self) -> bool:
@@ -130,6 +141,8 @@ class FileStorage(StateStorage):
     def close(self) -> None:
         if not self.closed:
             deadline = time.monotonic() + self.deadline
+            if self._expiry is not None:
+                self._expiry.stop()
             super().close()
             if isinstance(self._layout, LogLayout):
                 self._layout.close(deadline)
@@ -138,5 +151,27 @@ class FileStorage(StateStorage):
 
     def _after_fork(self) -> None:
         super()._after_fork()
+        if self._expiry is not None:
+            self._expiry.after_fork()
         if isinstance(self._layout, LogLayout):  # the other one is a storage, and hears of it by itself
             self._layout.after_fork()
+
+
+def _folder_path(storage_dir: str | os.PathLike[str]) -> str:
+    path: Any = os.fspath(storage_dir)
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise StateConfigError(f"storage_dir must be the path of a folder, got {storage_dir!r}")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        coding = sys.getfilesystemencoding()
+        raise StateConfigError(
+            f"storage_dir {path!r} cannot be written in {coding}, the encoding of this locale"
+        ) from error
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise StateConfigError(
+            f"storage_dir {path!r} begins with the home folder of a user that is not known here; write the whole path, "
+            f"or ./{path} for a folder of that name"
+        )
+    return expanded

@@ -202,8 +202,9 @@ local function rare()
     end
   end
 
-  -- The code of a commit whose id is remembered; nothing if the commit may be applied.
-  function made.known(commit_id)
+  -- The code of a commit whose id is remembered; nothing if the commit may be applied. Of a context that is gone,
+  -- `exists` being false, no answer is told that may hold what was stored.
+  function made.known(commit_id, exists)
     local place = call('LPOS', commits, commit_id, 'RANK', -1)
     if not place then
       return
@@ -220,21 +221,33 @@ local function rare()
     end
     if not value or value == '' then
       return 'k'
-    elseif value == '!' then
+    elseif value == '!' or not (exists or value == 'true' or value == 'false') then
       return 'A'
     end
     return 'a', value
   end
 
-  -- The code of a commit that changes nothing, unless it was applied before.
-  function made.unchanged(exists, commit_id, code, detail)
+  -- Removes the answers that may hold what was stored in a context that is gone.
+  function made.forget_answers()
+    for i, element in ipairs(call('LRANGE', commits, 0, -1)) do
+      local time, value = match(element, '^\n(%d+)\n(.*)$')
+      if value and value ~= '' and value ~= 'true' and value ~= 'false' and value ~= '!' then
+        call('LSET', commits, i - 1, '\n' .. time .. '\n!')
+      end
+    end
+  end
+
+  -- The code of a commit that changes nothing, unless it was applied before. `refused`: even then.
+  function made.unchanged(exists, commit_id, code, detail, refused)
     if repeated then
-      local before, answer = made.known(commit_id)
-      if before then
+      local before, answer = made.known(commit_id, exists)
+      if before and refused then
+        return code, detail
+      elseif before then
         return before, answer
       end
     end
-    if earlier > 0 and code ~= 'L' then
+    if earlier > 0 then
       -- The copy that was sent earlier may still arrive, and would contradict this answer.
       made.unmark_cleared()
       call('RPUSH', commits, commit_id, format('\t%s\t%016.0f', now_text, earlier))
@@ -297,7 +310,7 @@ local function commit()
   elseif stored[2] and stored[2] ~= FORMAT then
     return 'v', stored[2]
   elseif late then
-    return rare().unchanged(exists, commit_id, 'L', '')
+    return 'L', ''
   elseif not stored[2] then
     rare().carry_over()
   end
@@ -433,7 +446,9 @@ local function commit()
       end
       a = a + 1
     elseif part == 84 then -- T
-      owner = args[a]
+      if bound == '' or (exists and not deletes) then -- else a bound user makes the context, and owns it
+        owner = args[a]
+      end
       a = a + 1
     elseif part == 82 then -- R
       owner = args[a]
@@ -446,7 +461,7 @@ local function commit()
     elseif part == 117 then -- u
       bound = args[a]
       if exists and user ~= bound then
-        return rare().unchanged(exists, commit_id, 'o')
+        return rare().unchanged(exists, commit_id, 'o', nil, true)
       end
       a = a + 1
     elseif part == 102 then -- f
@@ -502,7 +517,7 @@ local function commit()
     call('LLEN', commits) -- is it a list?
   end
   if repeated then
-    local code, detail = rare().known(commit_id)
+    local code, detail = rare().known(commit_id, exists)
     if code then
       return code, detail
     end
@@ -518,6 +533,9 @@ local function commit()
   if deletes then
     call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any more
     wrote = true
+  end
+  if renewed and (exists or newest) then
+    rare().forget_answers()
   end
   revision = revision + 1
   local remembered
@@ -692,7 +710,7 @@ local function convert()
   local commit_id, document, answer = args[a + 1], args[a + 2], args[a + 3]
   a = a + 4
   if late then
-    return rare().unchanged(false, commit_id, 'L', '')
+    return 'L', ''
   end
   if byte(shape, 5) == 102 then -- f
     if call('GET', lease) ~= args[a] then
@@ -704,7 +722,7 @@ local function convert()
     return 'z' -- not that document any more
   end
   rare().carry_over()
-  local code, detail = rare().known(commit_id)
+  local code, detail = rare().known(commit_id, true)
   if code then
     return code, detail
   end
@@ -802,13 +820,6 @@ while place <= #args do
   end
   if not fine then
     code, detail = wrote and 'E' or 'e', type(code) == 'table' and code.err or tostring(code)
-    if code == 'e' and (kind == 67 or kind == 70) then
-      -- Where writing is refused (no memory left, a replica), the commit may have been applied before.
-      local readable, before, answer = pcall(rare().known, args[place + 2])
-      if readable and before then
-        code, detail = before, answer
-      end
-    end
   end
   if string.find('deLuz', code, 1, true) then
     unfinished[state] = true
