@@ -46,7 +46,7 @@ class Place:
     def name(self) -> str:
         """Where the storage is, without secrets."""
         if self.backend == "file":
-            return str(self.options.get("storage_dir", _DEFAULT_DIR))
+            return os.path.expanduser(str(self.options.get("storage_dir", _DEFAULT_DIR)))
         if self.backend == "valkey":
             prefix = self.options.get("key_prefix", _DEFAULT_PREFIX)
             return f"{redact_url(str(self.options.get('url')))} under {prefix!r}"
