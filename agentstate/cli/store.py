@@ -96,7 +96,7 @@ def _check_that_it_listens(options: dict[str, Any]) -> None:
             _connect(address.path or (address.host, address.port)).close()
         except (ConnectionRefusedError, FileNotFoundError, socket.gaierror) as error:
             problem = error
-        except OSError:
+        except (OSError, AttributeError):  # AttributeError: Windows has no unix sockets
             return  # the calls of the command report it
         else:
             return
