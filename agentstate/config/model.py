@@ -403,7 +403,7 @@ def convert(name: str, value: object, *, given_by: str = "") -> Any:
             converted.encode()
     except RefusedError as refused:
         shown = f"what {given_by} gives" if given_by else _quoted(name, key, value)
-        write = str(refused) or key.kind.example
+        write = key.kind.example if given_by else str(refused) or key.kind.example
         raise ValueError(f"`{name}` must be {key.kind.expects}, not {shown}; write `{name}: {write}`") from None
     except UnicodeEncodeError:
         raise ValueError(f"`{name}` is not valid Unicode") from None
