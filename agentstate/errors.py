@@ -30,7 +30,7 @@ class StateError(Exception):
     """
 
     def __init__(self, message: str, *, context_id: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.context_id = context_id
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -40,6 +40,13 @@ class StateError(Exception):
     def __str__(self) -> str:
         # KeyError and OSError format their arguments in ways of their own; ours are plain sentences.
         return str(self.args[0]) if self.args else ""
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what is not printable: names in a message must not forge lines of a log or a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _rebuild(cls: type[StateError], args: tuple[Any, ...], attributes: dict[str, Any]) -> StateError:
@@ -58,7 +65,9 @@ class StateConfigError(StateError, ValueError):
 
     def __init__(self, message: str, *, context_id: str | None = None, problems: Sequence[str] = ()) -> None:
         super().__init__(message, context_id=context_id)
-        self.problems = tuple(problems)
+        self.problems = tuple(map(printable, problems))
+        if len(self.problems) > 1:
+            self.args = ("\n".join(map(printable, message.split("\n"))),)  # one problem per line
 
 
 class InvalidContextIdError(StateError, ValueError):
@@ -77,7 +86,7 @@ class StateSerializationError(StateError, TypeError):
 
     def within(self, path: str) -> StateSerializationError:
         """The same error, of a value that is itself at `path` of a larger one."""
-        reason = str(self).removeprefix(f"{self.path}: ")
+        reason = str(self).removeprefix(printable(f"{self.path}: "))
         inside = f"{path}.{self.path}"
         return StateSerializationError(f"{inside}: {reason}", context_id=self.context_id, path=inside)
 

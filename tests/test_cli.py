@@ -175,6 +175,16 @@ def test_the_configuration_chooses_the_storage_and_options_override_it(some: Pat
     assert len(run("list", "-o", "storage_dir=conversation_states", cwd=some).rows) == 2
 
 
+def test_a_folder_may_begin_with_a_tilde(some: Path) -> None:
+    home = {"HOME": str(some), "USERPROFILE": str(some)}
+    assert len(run("list", "--storage-dir", "~/conversation_states", cwd=some.parent, **home).rows) == 2
+    (some / "agent_config.yaml").write_text("state:\n  backend: file\n  storage_dir: ~/conversation_states\n")
+    ran = run("doctor", "--config", some / "agent_config.yaml", cwd=some.parent, **home)
+    assert ["ok", "conversations", "2 read, none damaged", ""] in ran.rows
+    assert any(row[1] == "folder" and str(some / "conversation_states") in row[2] for row in ran.rows[:-2])
+    assert sorted(path.suffix for path in (some / "conversation_states").iterdir() if path.is_file()) == [".jsonl"] * 2
+
+
 def test_no_password_is_printed(some: Path) -> None:
     url = "valkey://alice:s3cret!@127.0.0.1:1/0"
     for line in ("list", "show x", "stats", "doctor", "doctor --json", "export", "cleanup --yes", "clear -y x"):

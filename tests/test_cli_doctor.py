@@ -175,8 +175,7 @@ def test_network_file_systems_are_a_problem_and_volatile_ones_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
 ) -> None:
     monkeypatch.setattr("agentstate.cli.doctor_file._file_system_of", lambda path: kind)
-    storage = InMemoryStorage()
-    found = {finding.subject: finding.level for finding in look_at_folder(storage, {"storage_dir": str(tmp_path)})}
+    found = {finding.subject: finding.level for finding in look_at_folder(str(tmp_path), {})}
     assert found["file system"] == expected
 
 
@@ -213,7 +212,7 @@ def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         values = {name: getattr(real, name) for name in ("f_bavail", "f_frsize", "f_files", "f_favail")}
         values |= {"f_bavail": 10**12, "f_favail": 10**9, "f_files": 10**10} | {field: value}
         monkeypatch.setattr(os, "statvfs", lambda path, values=values: type("Disk", (), values))
-        found = {each.subject: each.level for each in look_at_folder(InMemoryStorage(), {"storage_dir": str(tmp_path)})}
+        found = {each.subject: each.level for each in look_at_folder(str(tmp_path), {})}
         assert found["space"] == "problem"
 
 

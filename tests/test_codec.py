@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import pickle
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -20,8 +21,8 @@ from dataclasses_json import LetterCase, dataclass_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate import codec
-from agentstate.errors import StateSerializationError
+from agentstate import InMemoryStorage, SyncConversationContext, codec, get_context_manager
+from agentstate.errors import StateError, StateSerializationError
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -386,3 +387,40 @@ def test_a_key_is_any_text_that_is_valid_unicode() -> None:
         with pytest.raises(StateSerializationError) as caught:
             codec.key(bad, "variables", "c")
         assert (caught.value.path, caught.value.context_id) == ("variables", "c")
+
+
+# --- names in errors ------------------------------------------------------------------------------------------------
+
+NAME = "e\n\x1b[31m\u202e\u200b\x9bv"
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda context: context.set_variable("x", NAME, {NAME: {1}}),
+        lambda context: context.set_metadata("x", NAME, float("nan")),
+        lambda context: context.get_variable("x", NAME, as_type=int),
+        lambda context: context.increment_variable("x", NAME),
+        lambda context: context.fork_context(NAME, "y"),
+        lambda context: context.add_to_history("x", "user", [{NAME: {1}}]),
+        lambda context: get_context_manager("file", **{NAME: 1}),
+        lambda context: get_context_manager(NAME),
+        lambda context: InMemoryStorage(**{NAME: 1}),
+    ],
+)
+def test_names_in_errors_cannot_forge_lines(fail: Callable[[SyncConversationContext], object]) -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    context.set_variable("x", NAME, "text")
+    with pytest.raises(StateError) as caught:
+        fail(context)
+    assert str(caught.value).isprintable()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_the_path_of_an_error_inside_of_messages_is_printable_and_there_once() -> None:
+    context = SyncConversationContext(InMemoryStorage())
+    with pytest.raises(StateSerializationError) as caught:
+        context.extend_history("x", [{"role": "user", "content": {NAME: {1}}}])
+    shown = "messages[0].content.e\\n\\x1b[31m\\u202e\\u200b\\x9bv"
+    assert str(caught.value).startswith(f"{shown}: set is not JSON")
+    assert str(caught.value).count("content") == 1

@@ -119,7 +119,7 @@ def test_a_module_where_a_package_should_be_is_an_error(run: Run, tmp_path: Path
     (tmp_path / "src.py").write_text("")
     result = run(INSTALL)
     assert "StateConfigError: 'src' must be a package, but there is a module of that name in " in result.stderr
-    assert "which is not a package" in result.stderr
+    assert "must be a package" in result.stderr
 
 
 def test_debug_logging_by_agentups_name(run: Run) -> None:

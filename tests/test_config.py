@@ -560,6 +560,20 @@ def test_nor_is_what_was_probably_meant_by_it(
             assert secret not in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("url", "hunter2"), ("ttl", "4711d"), ("max_value_bytes", "4711k"), ("max_history", "4711.5")],
+)
+def test_the_advice_does_not_show_what_a_variable_holds(
+    problems: Problems, monkeypatch: pytest.MonkeyPatch, key: str, value: str
+) -> None:
+    monkeypatch.setenv("SECRET", value)
+    backend = "valkey" if key == "url" else "file"
+    for problem in problems(f"state:\n  backend: {backend}\n  {key}: ${{SECRET}}\n"):
+        assert "${SECRET}" in problem
+        assert not any(part in problem for part in ("hunter2", "4711", "4712", "407030400", "4824064"))
+
+
 def test_a_variable_that_is_not_utf8_is_refused(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIRECTORY", "a\udcff")
     assert problems("state: {storage_dir: '${DIRECTORY}'}") == ["1: `storage_dir` is not valid Unicode"]

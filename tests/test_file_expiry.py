@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filetools import append, clear, commit, finish, look, put, start_python, texts
@@ -105,6 +106,28 @@ def test_it_goes_on_in_the_child_of_a_fork(tmp_path: Path) -> None:
         )
     )
     assert output == "gone\n"
+
+
+def test_a_clock_that_was_set_is_not_believed_for_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"time": 1e9, "monotonic": 50.0}
+
+    def pass_by(seconds: float, *, step: float = 0.0) -> None:
+        clocks["monotonic"] += seconds
+        clocks["time"] += seconds + step
+
+    monkeypatch.setattr(expiry, "time", SimpleNamespace(**{name: lambda name=name: clocks[name] for name in clocks}))
+    clock = expiry.SettledClock()
+    assert clock.is_settled()
+    pass_by(60, step=0.5)  # slewed
+    assert clock.is_settled()
+    pass_by(60, step=3600)
+    assert not clock.is_settled()
+    pass_by(540)
+    assert not clock.is_settled()
+    pass_by(60, step=-3600)  # set right again: what seemed expired lives
+    assert not clock.is_settled()
+    pass_by(600)
+    assert clock.is_settled()
 
 
 # --- what was cleared -----------------------------------------------------------------------------------------------

@@ -151,6 +151,26 @@ def test_unfinished_documents_are_removed_under_the_lock_of_their_context(tmp_pa
     other.close()
 
 
+@pytest.mark.parametrize("layout", ["log", "document"])
+def test_a_file_that_is_finished_while_a_cleanup_looks_at_it_is_no_trouble(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, layout: str
+) -> None:
+    name = "c.jsonl" if layout == "log" else "c.json"
+    FileStorage(tmp_path, layout=layout).call(append("c", 1))
+
+    def around(called: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if called == "unlink" and arguments[0].endswith(".new"):
+            (tmp_path / f"{name}.new").rename(tmp_path / name)
+        return call(*arguments)
+
+    storage = FileStorage(tmp_path, layout=layout, file_system=Between(around))
+    shutil.copy(tmp_path / name, tmp_path / f"{name}.new")
+    assert storage.call(Listing(idle_for=3600.0)) == Page((), None)
+    assert caplog.text == ""
+    assert texts(storage, "c") == ["1"]
+    storage.close()
+
+
 # --- listings -------------------------------------------------------------------------------------------------------
 
 

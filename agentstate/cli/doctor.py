@@ -130,7 +130,7 @@ def _examine_storage(place: Place, storage: StateStorage, test_id: str | None) -
     if place.backend == "memory":
         yield note("durability", "memory is lost when the process ends", "use it for tests only")
     elif place.backend == "file":
-        yield from look_at_folder(storage, place.options)
+        yield from look_at_folder(place.name, place.options)
     elif place.backend == "valkey":
         usable = True
         for finding in look_at_servers(storage, place.options):

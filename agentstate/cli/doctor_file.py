@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, Final
 
 from ..keys import document_stem, file_stem
-from ..storage.base import StateStorage
 from ..storage.file.filesystem import FileSystem
 from . import console
 from .findings import Finding, note, ok, problem, warning
@@ -31,8 +30,8 @@ _MOST_FILES: Final = 200_000
 """How many names of files are checked."""
 
 
-def look_at_folder(storage: StateStorage, options: dict[str, Any]) -> Iterator[Finding]:
-    path = os.path.abspath(options.get("storage_dir", "./conversation_states"))
+def look_at_folder(path: str, options: dict[str, Any]) -> Iterator[Finding]:
+    path = os.path.abspath(path)
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -46,7 +46,7 @@ class Place:
     def name(self) -> str:
         """Where the storage is, without secrets."""
         if self.backend == "file":
-            return str(self.options.get("storage_dir", _DEFAULT_DIR))
+            return os.path.expanduser(str(self.options.get("storage_dir", _DEFAULT_DIR)))
         if self.backend == "valkey":
             prefix = self.options.get("key_prefix", _DEFAULT_PREFIX)
             return f"{redact_url(str(self.options.get('url')))} under {prefix!r}"
@@ -96,7 +96,7 @@ def _check_that_it_listens(options: dict[str, Any]) -> None:
             _connect(address.path or (address.host, address.port)).close()
         except (ConnectionRefusedError, FileNotFoundError, socket.gaierror) as error:
             problem = error
-        except OSError:
+        except (OSError, AttributeError):  # AttributeError: Windows has no unix sockets
             return  # the calls of the command report it
         else:
             return

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from math import inf
 from typing import Final, cast
 
 from ...errors import StateError
@@ -19,11 +20,34 @@ _LONGEST_INTERVAL: Final = 60.0
 _REST: Final = 50
 """A pass looks at every file; so many times its own time passes before the next one, so that it costs 2 % at most."""
 
+_STEP: Final = 10.0  # seconds; a clock that is slewed changes less between two passes
+_SETTLED_AFTER: Final = 600.0
+
 _logger = logging.getLogger("agentstate.storage.file")
 
 
+class SettledClock:
+    """Whether the clock of this host was set lately. If it is wrong for a while, nothing must be removed by it."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+        self._set_at = -inf
+
+    def is_settled(self) -> bool:
+        """Whether the clock was not set in the last ten minutes, as far as it was watched. To be called regularly."""
+        now = time.monotonic()
+        offset = time.time() - now
+        if abs(offset - self._offset) > _STEP:
+            self._set_at = now
+        self._offset = offset
+        return now - self._set_at >= _SETTLED_AFTER
+
+
 class ExpirySweep:
-    """A thread that looks through a storage regularly: every half `ttl`, but at least every minute."""
+    """A thread that looks through a storage regularly: every half `ttl`, but at least every minute.
+
+    It pauses for ten minutes whenever the clock was set.
+    """
 
     def __init__(self, storage: StateStorage, ttl: float) -> None:
         self._storage = weakref.ref(storage)
@@ -54,13 +78,15 @@ class ExpirySweep:
 
 def _sweep_regularly(reference: weakref.ref[StateStorage], stop: threading.Event, interval: float) -> None:
     pause = interval
+    clock = SettledClock()
     while not stop.wait(pause):
         storage = reference()
         if storage is None or storage.closed:
             return
         began = time.monotonic()
         try:
-            remove_expired(storage, stop)
+            if clock.is_settled():
+                remove_expired(storage, stop)
         except StateError as error:
             if stop.is_set():
                 return

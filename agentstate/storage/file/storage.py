@@ -41,7 +41,8 @@ class FileStorage(StateStorage):
     - `cache_bytes`: about how many bytes of memory the cache of the conversations used last may take
 
     With a `ttl`, a background thread of each process that writes removes what has expired: every half `ttl`, between a
-    second and a minute; more seldom where looking at all conversations would take more than 2 % of the time.
+    second and a minute; more seldom where looking at all conversations would take more than 2 % of the time. It pauses
+    for ten minutes after the clock was set, in case that it is wrong only for a while.
     """
 
     def __init__(
