@@ -1,4 +1,4 @@
-"""What is told of calls when they end: to the debug log and to telemetry. Sizes and times, never contents."""
+"""Reports each call when it ends, to the debug log and to telemetry: sizes and times, never contents."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ S = TypeVar("S")
 
 
 LOGGED_AS = ["agentstate.context"]
-"""Names of the loggers that operations may be logged by: the first that is enabled for DEBUG takes the record."""
+"""The names of the loggers for calls; the first that is enabled for DEBUG gets the record."""
 
 _DEBUG = 10  # logging.DEBUG
 _NAMES = {"_finish": "batch", "_take": "turn", "_end": "end of turn"}
 
 
 class Call:
-    """A call of a context: what it is called and about, how many bytes of values went each way, and how it ended."""
+    """A call of a context: its name, its context id, the bytes of values written and read, and how it ended."""
 
     __slots__ = ("bytes_read", "bytes_written", "changes", "context_id", "error", "finished", "name", "seconds", "span")
 
@@ -36,19 +36,18 @@ class Call:
         self.context_id: str | None = None
         self.bytes_written = 0
         self.bytes_read = 0
-        self.changes: Sequence[Change] = ()  # that a batch (or turn) commits as one
-        self.seconds = 0.0  # that the storage took, waiting in the queue included
-        self.finished = False  # whether it was left neither by an exception nor by whoever had waited for it
+        self.changes: Sequence[Change] = ()  # of a batch or turn
+        self.seconds = 0.0  # of the storage's operations, including the time in the queue
+        self.finished = False  # whether it returned, and was neither ended by an exception nor abandoned
         self.error: BaseException | None = None
         self.span: Any = None
 
 
 def observed(steps: Generator[S, Any, R], storage: StateStorage) -> Generator[S, Any, R]:
-    """`steps`, of which is told what was called, for which context, how many bytes of values went each way and how
-    long the storage took, where somebody wants it; never what the values are.
+    """`steps`, reported to the debug log and to the storage's `telemetry` if these are enabled.
 
-    The debug log gets one record when they end, and the storage's `telemetry` a span around them. An application that
-    does not use `logging` does not pay for its import.
+    The debug log gets one record at the end, telemetry a span around them. An application that does not use `logging`
+    does not import it.
     """
     logger = _enabled_logger() if "logging" in sys.modules else None
     if logger is None and storage.telemetry is None:
@@ -93,7 +92,7 @@ def _observing(steps: Generator[S, Any, R], logger: Logger | None, telemetry: An
                 call.seconds += time.perf_counter() - began
                 step = steps.throw(error)
             else:
-                if type(step) is not Emit:  # the time of an emitted item is its consumer's
+                if type(step) is not Emit:  # the time after an emitted item is its consumer's
                     call.seconds += time.perf_counter() - began
                     call.bytes_read += _bytes_in(outcome)
                 step = steps.send(outcome)
@@ -102,7 +101,7 @@ def _observing(steps: Generator[S, Any, R], logger: Logger | None, telemetry: An
         result: R = stop.value
         return result
     except GeneratorExit as left:
-        if type(step) is not Emit:  # that its consumer has enough of an iterator is fine
+        if type(step) is not Emit:  # leaving an iterator early is not an error
             call.error = left
         steps.close()
         raise

@@ -38,7 +38,7 @@ _SMALLEST_INTEGER: Final = -_LARGEST_INTEGER  # made once: it is long
 
 
 def _encoder() -> Callable[[Any], str]:
-    """What turns plain values into JSON text: what JSONEncoder.encode makes anew for each value, made once."""
+    """A function from plain values to JSON text. JSONEncoder.encode would create it anew for each value."""
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # a Python without it
         return json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
@@ -50,22 +50,22 @@ quoted: Callable[[str], str] = json.encoder.encode_basestring
 """The JSON text of a text."""
 
 json_text = _encoder()
-"""The JSON text of a value of JSON's own types; what else it is given is a TypeError, or text that is not JSON."""
+"""The JSON text of a value of JSON's own types. Other values are a TypeError, or give text that is not JSON."""
 
 _decoder: Any = json.JSONDecoder()
 _from_text = _decoder.scan_once
 
 
 class _Refused(Exception):
-    """Why a value cannot be stored; the steps that lead to it are noted while this travels up."""
+    """Why a value cannot be stored. The steps that lead to it are recorded while the exception propagates."""
 
     def __init__(self, reason: str, *, too_deep: bool = False) -> None:
         self.reason = reason
         self.too_deep = too_deep
-        self.steps: list[tuple[str, object]] = []  # the innermost first, each with the container that it is taken in
+        self.steps: list[tuple[str, object]] = []  # innermost first, each with its container
 
-    def told(self, name: str, context_id: str | None) -> StateSerializationError:
-        """The error of a value of that name."""
+    def to_error(self, name: str, context_id: str | None) -> StateSerializationError:
+        """The error for a value of that name."""
         steps = self.steps[::-1]
         path, reason = name + "".join(step for step, _ in steps), self.reason
         if self.too_deep:
@@ -82,12 +82,12 @@ class _Refused(Exception):
 def encode(value: Any, name: str, *, context_id: str | None = None, limit: int = MAX_VALUE_BYTES) -> bytes:
     """The JSON text of `value` as UTF-8, at most `limit` bytes long.
 
-    Raises StateSerializationError with the path of what cannot be stored, which begins with `name`.
+    Raises StateSerializationError with the path of the part that cannot be stored; the path begins with `name`.
     """
     try:
         text = _json(value).encode()
     except _Refused as refused:
-        raise refused.told(name, context_id) from None
+        raise refused.to_error(name, context_id) from None
     except UnicodeEncodeError:
         path = name + _path_of_surrogate(_plain(value, 0))
         raise _refusal(path, "text with a lone surrogate is not valid Unicode", context_id) from None
@@ -99,13 +99,13 @@ def encode(value: Any, name: str, *, context_id: str | None = None, limit: int =
 
 
 def decode(text: bytes) -> Any:
-    """The value of a JSON text that `encode` made: a new copy on every call. Raises ValueError for any other.
+    """The value of a JSON text from `encode`: a new copy on every call. Raises ValueError for any other text.
 
-    Raises StateSerializationError where it holds an integer of more digits than this process reads.
+    Raises StateSerializationError if it contains an integer of more digits than this process reads.
     """
     try:
         return _from_text(text.decode(), 0)[0]
-    except StopIteration as nothing:  # which would end the generator that asks
+    except StopIteration as nothing:  # it would end a generator that calls this
         raise json.JSONDecodeError("Expecting value", text.decode(), nothing.value) from None
     except ValueError as error:
         check_digits(error)
@@ -123,9 +123,9 @@ def check_digits(error: ValueError) -> None:
 
 
 def decode_all(texts: Collection[bytes]) -> list[Any]:
-    """The values of several such texts: at once, which costs hardly more than one."""
+    """The values of several such texts, decoded at once, which costs hardly more than one."""
     values: list[Any] = decode(b"[" + b",".join(texts) + b"]")
-    if len(values) != len(texts):  # somebody stored what is no JSON text, and which is whose cannot be told any more
+    if len(values) != len(texts):  # one is not a JSON text, so the values cannot be matched with the texts
         values = [decode(text) for text in texts]
     return values
 
@@ -139,11 +139,11 @@ def message(
     context_id: str | None = None,
     limit: int = MAX_VALUE_BYTES,
 ) -> bytes:
-    """The stored form of one message, at most `limit` bytes long. `timestamp` None is now, by this machine's clock."""
+    """The stored form of a message, at most `limit` bytes long. `timestamp` defaults to this machine's time."""
     if not isinstance(role, str):
-        raise _refusal("role", f"a role is text, not {_type_name(role)}", context_id)
+        raise _refusal("role", f"a role must be text, got {_type_name(role)}", context_id)
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise _refusal("metadata", f"a message's metadata is a mapping, not {_type_name(metadata)}", context_id)
+        raise _refusal("metadata", f"a message's metadata must be a mapping, got {_type_name(metadata)}", context_id)
     at = _now() if timestamp is None else _time(timestamp, context_id)
     more = dict(metadata) if metadata else {}
     try:
@@ -191,7 +191,7 @@ def key(name: Any, what: str, context_id: str | None = None) -> str:
     if type(name) is str and name.isascii():
         return name
     if not isinstance(name, str):
-        raise _refusal(what, f"a key is text, not {_type_name(name)}", context_id)
+        raise _refusal(what, f"a key must be text, got {_type_name(name)}", context_id)
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -203,7 +203,7 @@ _last_second: tuple[int, str] = (-1_000_000_000, "")
 
 
 def _now() -> str:
-    """This machine's time, as a message says it. All but the fraction is the same for a second."""
+    """This machine's time in the format of a message. All but the fraction is formatted once a second."""
     global _last_second
     now = time.time_ns()
     begin, text = _last_second
@@ -215,7 +215,7 @@ def _now() -> str:
 
 
 def _time(given: Any, context_id: str | None) -> str:
-    """A given time, in UTC, as a message says it. One without an offset is taken to be in UTC already."""
+    """A given time in the format of a message, in UTC. One without an offset is taken to be in UTC."""
     from datetime import datetime  # late, with `state`: a fresh message does without both
 
     from .state import parse_time
@@ -223,7 +223,7 @@ def _time(given: Any, context_id: str | None) -> str:
     try:
         at = parse_time(given.isoformat() if isinstance(given, datetime) else given)
     except (TypeError, ValueError):
-        raise _refusal("timestamp", f"{given!r:.60} is no ISO 8601 text and no datetime", context_id) from None
+        raise _refusal("timestamp", f"must be a datetime or ISO 8601 text, got {given!r:.60}", context_id) from None
     return at.isoformat(timespec="microseconds")
 
 
@@ -245,7 +245,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """`value` in JSON's own types; itself where it is so already. Raises _Refused."""
+    """`value` in JSON's own types; the same object if it is already. Raises _Refused."""
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return value
@@ -289,7 +289,7 @@ def _plain_dict(value: dict[Any, Any], depth: int) -> dict[str, Any]:
     for name, item in value.items():
         if type(name) is not str:
             if not isinstance(name, str):
-                raise _Refused(f"the key {name!r} is {_type_name(name)}; JSON's keys are text")
+                raise _Refused(f"a key must be text, got {name!r:.60}")
             return _plain_dict({str.__str__(k) if isinstance(k, str) else k: v for k, v in value.items()}, depth)
         kind = type(item)
         if kind is str or kind is bool or (kind is int and _SMALLEST_INTEGER < item < _LARGEST_INTEGER):
@@ -307,7 +307,7 @@ def _plain_dict(value: dict[Any, Any], depth: int) -> dict[str, Any]:
 
 
 def _converted(value: Any, depth: int) -> Any:
-    """What the documented conversions make of a value that is not of JSON's own types."""
+    """A value that is not of JSON's own types, converted as documented. Raises _Refused."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
@@ -318,7 +318,7 @@ def _converted(value: Any, depth: int) -> Any:
         return _plain_list(list(value), depth)
     if isinstance(value, dict):
         return _plain_dict(dict(value), depth)
-    from datetime import date  # late: there is a time among the values only where it is imported already
+    from datetime import date  # late: a value can only be a date if the module is imported already
 
     if isinstance(value, date):
         return value.isoformat()
@@ -331,17 +331,17 @@ def _converted(value: Any, depth: int) -> Any:
 
 
 def _dumped(value: Any) -> Any:
-    """What a dataclass or a model of pydantic is stored as, its parts not converted yet. Raises _Refused for others."""
+    """The stored form of a dataclass or a model of pydantic, its parts not yet converted. Else raises _Refused."""
     cls = type(value)
-    # An object of such a class can only be where its package is imported.
+    # An object of such a class exists only if its package is imported.
     pydantic = sys.modules.get("pydantic")
     dataclasses_json = sys.modules.get("dataclasses_json")
     try:
         if pydantic is not None and isinstance(value, pydantic.BaseModel):
-            # By alias, as the model itself reads it again, and as the interface behind it calls its fields.
+            # By alias: so the model reads it again, and these are the field names of the API that it describes.
             return value.model_dump(mode="json", by_alias=True)
         if dataclasses_json is not None and isinstance(value, dataclasses_json.DataClassJsonMixin):
-            return value.to_dict()  # the class says how its fields are called in JSON
+            return value.to_dict()  # with the names that the class gives its fields in JSON
     except (ValueError, RecursionError) as error:
         raise _Refused(f"{cls.__name__} cannot be dumped: {str(error).partition(chr(10))[0]}") from error
     if not hasattr(cls, "__dataclass_fields__"):
@@ -377,7 +377,7 @@ def _advice(value: Any) -> str:
 
 
 def _path_of_surrogate(value: Any) -> str:
-    """Where in a plain value the text is that cannot be encoded."""
+    """The path, in a plain value, of the text that cannot be encoded."""
     if isinstance(value, dict):
         for name, item in value.items():
             if not _encodable(name):

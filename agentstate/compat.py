@@ -25,11 +25,11 @@ _HANDLERS = "src.agent.handlers"
 
 
 def install() -> None:
-    """Make `src.agent.context` and `src.agent.handlers` importable, as names of modules of agentstate.
+    """Make `src.agent.context` and `src.agent.handlers` importable, as aliases of modules of agentstate.
 
-    State operations are logged by `src.agent.context` from then on, at DEBUG, where that logger is enabled for it.
-    Packages `src` and `src.agent` of the application stay what they are, and so does its own `src.agent.handlers`.
-    Installing again changes nothing. Raises StateConfigError if the application has a `src.agent.context` itself.
+    From then on, state operations are logged by the logger `src.agent.context` at DEBUG, if it is enabled for that.
+    The application's own packages `src` and `src.agent`, and its own `src.agent.handlers`, are left as they are.
+    Installing again has no effect. Raises StateConfigError if the application has its own `src.agent.context`.
     """
     ours = import_module("agentstate.context")
     if sys.modules.get(_CONTEXT) is ours:
@@ -38,10 +38,12 @@ def install() -> None:
         if not _exists(package):
             _make_package(package)
         elif not hasattr(import_module(package), "__path__"):
-            raise StateConfigError(f"there is a module {package!r}, {_place(package)}, which is not a package")
+            raise StateConfigError(
+                f"{package!r} must be a package, but there is a module of that name {_place(package)}"
+            )
     if _exists(_CONTEXT):
         raise StateConfigError(
-            f"there is a {_CONTEXT} already, {_place(_CONTEXT)}: remove it, or import from agentstate.context instead"
+            f"{_CONTEXT} already exists {_place(_CONTEXT)}: remove it, or import from agentstate.context instead"
         )
     _add(_CONTEXT, ours)
     if not _exists(_HANDLERS):

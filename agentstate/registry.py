@@ -1,8 +1,8 @@
-"""Storages by name, and the contexts that a process shares.
+"""Storages by name, and the contexts that are shared by a process.
 
     manager = get_context_manager("file", storage_dir="./conversation_states")
 
-A name is one of `BUILT_IN`, one that `register_storage` was given, or an entry point of the group `ENTRY_POINTS`.
+A name is one of `BUILT_IN`, one passed to `register_storage`, or an entry point of the group `ENTRY_POINTS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BUILT_IN: Final[Mapping[str, tuple[str, str]]] = {
     "file": ("agentstate.storage.file", "FileStorage"),
     "valkey": ("agentstate.storage.valkey", "ValkeyStorage"),
 }
-"""Where the classes of this package are: imported when they are used, for each has imports of its own to pay for."""
+"""The built-in classes, imported on first use: each has expensive imports of its own."""
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -43,20 +43,22 @@ _registered: dict[str, type[StateStorage]] = {}
 def register_storage(name: str, cls: type[StateStorage]) -> None:
     """Make `cls` the storage of that name, for configuration files, `@stateful` and `get_context_manager`.
 
-    Its options are the parameters of `cls` and, where it has ``**options``, those of its base classes. Registering the
-    same class again is fine, and so is one that a reload of its module made anew. Raises StateConfigError where the
-    name is taken, TypeError where `cls` is no StateStorage.
+    Its options are the parameters of `cls` and, if it has ``**options``, those of its base classes. Registering the
+    same class again, also after a reload of its module, replaces it. Raises StateConfigError if the name is in use,
+    TypeError if `cls` is not a subclass of StateStorage.
     """
     _check_storage(name, cls)
     known = _registered.get(name)
-    if name in BUILT_IN or (known is not None and _home(known) != _home(cls)):
-        taken = BUILT_IN[name][1] if name in BUILT_IN else _home(cast(type, known))
-        raise StateConfigError(f"the storage name {name!r} is taken by {taken}: register {cls.__name__} under another")
+    if name in BUILT_IN or (known is not None and _qualified_name(known) != _qualified_name(cls)):
+        taken = BUILT_IN[name][1] if name in BUILT_IN else _qualified_name(cast(type, known))
+        raise StateConfigError(
+            f"the storage name {name!r} is already used by {taken}; register {cls.__name__} under another"
+        )
     _registered[name] = cls
 
 
 def storage_class(name: str) -> type[StateStorage]:
-    """The storage of that name. Raises StateConfigError, with the nearest name, where there is none."""
+    """The storage class of that name. Raises StateConfigError, with the nearest name, if it is unknown."""
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name]
         return cast(type[StateStorage], getattr(import_module(module), attribute))
@@ -66,7 +68,7 @@ def storage_class(name: str) -> type[StateStorage]:
 
 
 def storage_names() -> list[str]:
-    """The names of all storages, those of entry points included."""
+    """The names of all storages, including those of entry points."""
     from importlib.metadata import entry_points
 
     return sorted({*BUILT_IN, *_registered, *entry_points(group=ENTRY_POINTS).names})
@@ -81,7 +83,9 @@ def _from_entry_point(name: str) -> type[StateStorage]:
         hint = f"did you mean {meant!r}?" if meant else did_you_mean(name, storage_names())
         raise StateConfigError(f"unknown storage {name!r}; {hint}")
     if len(points) > 1:
-        raise StateConfigError(f"several packages bring a storage {name!r} ({', '.join(sorted(points))}): keep one")
+        raise StateConfigError(
+            f"several packages provide a storage {name!r} ({', '.join(sorted(points))}); uninstall all but one"
+        )
     value, point = points.popitem()
     try:
         cls = point.load()
@@ -93,12 +97,12 @@ def _from_entry_point(name: str) -> type[StateStorage]:
 
 def _check_storage(name: Any, cls: Any) -> None:
     if not isinstance(name, str) or not name:
-        raise StateConfigError(f"the name of a storage is text that is not empty, not {name!r}")
+        raise StateConfigError(f"the name of a storage must be text that is not empty, got {name!r}")
     if not isinstance(cls, type) or not issubclass(cls, StateStorage):
-        raise TypeError(f"the storage {name!r} must be a class derived from StateStorage, not {cls!r}")
+        raise TypeError(f"the storage {name!r} must be a subclass of StateStorage, got {cls!r}")
 
 
-def _home(cls: type) -> str:
+def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -108,11 +112,11 @@ def _home(cls: type) -> str:
 def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
     cls = storage_class(backend)
     options = dict(options)
-    telemetry = options.pop("telemetry", False)  # of every storage, and no business of any
+    telemetry = options.pop("telemetry", False)  # an option of every storage, handled here
     try:
         storage = cls(**options)
     except TypeError as error:
-        # Not checked beforehand: what a class does with its `**options` is its own business.
+        # Not checked beforehand: a class may use its `**options` in any way.
         accepted = storage_options(cls)
         for option in options:
             if option not in accepted:
@@ -122,14 +126,14 @@ def _new_storage(backend: str, options: Mapping[str, Any]) -> StateStorage:
                 raise StateConfigError(f"the storage {backend!r} needs the option {option!r}") from error
         raise
     if telemetry:
-        from .telemetry import instrument  # late: who has no telemetry need not have its package
+        from .telemetry import instrument  # late: it needs an optional package
 
         instrument(storage)
     return storage
 
 
 def _identity(cls: type[StateStorage], options: Mapping[str, Any]) -> Hashable:
-    """What two calls have in common that get the same instance: the class and its options, defaults filled in."""
+    """The key of a shared instance: the class and its options, with defaults filled in."""
     defaults = {
         name: parameter.default
         for name, parameter in storage_options(cls).items()
@@ -141,7 +145,7 @@ def _identity(cls: type[StateStorage], options: Mapping[str, Any]) -> Hashable:
 
 
 class _Same:
-    """Stands for an unhashable object in a key: equal to itself only. Keeps it alive, lest another get its id."""
+    """Replaces an unhashable object in a key; equal only to itself. Keeps the object alive, so its id stays unique."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -154,11 +158,11 @@ class _Same:
 
 
 def _frozen(name: str, value: Any) -> Hashable:
-    """`value` as part of a key. Paths are compared by what they lead to from here."""
+    """`value` as part of a key. Paths are resolved, relative to the working directory."""
     if isinstance(value, os.PathLike) or (name == "storage_dir" and isinstance(value, str)):
         try:
             return "path", os.path.realpath(value)
-        except ValueError:  # no path here: what is wrong with it is for the storage to say
+        except ValueError:  # not a path: the storage raises a better error
             return "path", value
     if isinstance(value, Mapping):
         return "mapping", frozenset((key, _frozen("", item)) for key, item in value.items())
@@ -209,14 +213,14 @@ def get_context_manager(
 def get_context_manager(
     storage_type: str | None = None, *, force_new: bool = False, blocking: bool = False, **options: Any
 ) -> Manager:
-    """The context that this process shares for a storage and its options; different options, different instances.
+    """The shared context for a storage and its options; different options give different instances.
 
-    Without `storage_type` the configuration file decides. `options` override the file key by key; for another storage
-    than the file's, the file's keys of that one do not count. `blocking`: a SyncConversationContext, on the same
-    storage object as its awaitable twin. `force_new`: an instance of the caller's own. One that was closed is replaced
-    by a new one. Thread-safe; reads the file at every call, so keep what it returns where calls are many.
+    Without `storage_type` the configuration file decides. `options` override the file key by key; with another storage
+    than the file's, the file's options of that storage are ignored. `blocking`: a SyncConversationContext, on the same
+    storage object as the awaitable one. `force_new`: a new instance that is not shared. An instance that was closed is
+    replaced by a new one. Thread-safe. Reads the file at every call: keep the result where calls are frequent.
 
-    Raises StateConfigError for an unknown storage or option, and where the file is wrong or says `enabled: false` and
+    Raises StateConfigError for an unknown storage or option, if the file is invalid, or if it says `enabled: false` and
     no `storage_type` is given.
     """
     config = read_config()
@@ -253,12 +257,12 @@ def new_context(storage: StateStorage, blocking: bool) -> Manager:
 
 
 def read_config() -> StateConfig:
-    """The configuration file's state section, names and options of third parties' storages included."""
+    """The state section of the configuration file, which may name a third party's storage."""
     try:
         return load_config()
     except StateConfigError as error:
         problem = error
-    # It may be that a third party's storage has a name like a misspelt one of ours; only now is it worth looking.
+    # A third party's storage may have a name similar to a built-in one; only now are entry points searched.
     names = set(storage_names()) - set(BUILT_IN)
     if not names:
         raise problem
@@ -266,21 +270,21 @@ def read_config() -> StateConfig:
 
 
 def check_enabled(config: StateConfig) -> None:
-    """Raise StateConfigError where the file switches state management off."""
+    """Raise StateConfigError if the file disables state management."""
     if not config.enabled:
-        raise StateConfigError(f"state management is switched off: `enabled: false` in {config.source}")
+        raise StateConfigError(f"state management is disabled by `enabled: false` in {config.source}")
 
 
 def overridden(config: StateConfig, backend: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the storage and its options, once `options` lie over the file's. Raises StateConfigError."""
+    """The name of the storage, and its options: the file's, updated by `options`. Raises StateConfigError."""
     if backend is not None and not isinstance(backend, str):
-        raise StateConfigError(f"a storage is chosen by its name, not by {backend!r}")
+        raise StateConfigError(f"storage_type must be the name of a storage, got {backend!r:.80}")
     chosen = config.backend if backend is None else backend
     for name in options:
         if name in KEYS and not KEYS[name].backends:
-            raise StateConfigError(f"{name!r} is a key of the configuration file, and no option of a storage")
+            raise StateConfigError(f"{name!r} is a key of the configuration file, not an option of a storage")
     if chosen in BACKENDS:
         return chosen, config.override(chosen, **options).options()
     common = {name: value for name, value in options.items() if name in known_to(chosen)}
-    # The others are the third party's, and may be objects that no file could hold.
+    # The other options are the third party's, and may be objects that a file cannot contain.
     return chosen, {**config.override(chosen, **common).options(), **options}

@@ -6,8 +6,8 @@
 
 Every call of a context is a span of kind CLIENT under the caller's current span, and a value of the histogram
 ``db.client.operation.duration``. What the storage counts (`StateStorage.statistics`) is observed when metrics are
-collected; what has no name in the conventions begins with ``agentstate.``. Contents and secrets are never part of it,
-and the id of a conversation is in spans only, as ``gen_ai.conversation.id``.
+collected; names that are not in the conventions begin with ``agentstate.``. Contents and secrets are never recorded.
+The id of a conversation is recorded in spans only, as ``gen_ai.conversation.id``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Found: TypeAlias = Iterator[tuple[int, dict[str, str]]]
 _NAME: Final = "agentstate"
 _CANCELLED: Final = "cancelled"
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-"""Seconds; what the conventions advise for this histogram."""
+"""Seconds, as the conventions recommend for this histogram."""
 
 
 def instrument(
@@ -49,15 +49,15 @@ def instrument(
 ) -> None:
     """Emit spans and metrics for all calls of contexts on this storage (or on the storage of this context).
 
-    The providers default to the global ones. Instrumenting a storage again puts the new providers in the place of the
-    old ones.
+    The providers default to the global ones. Instrumenting a storage again replaces its providers. Raises
+    StateConfigError if `target` is neither a storage nor a context.
     """
     storage = check_storage(getattr(target, "storage", target))
     storage.telemetry = Telemetry(storage, tracer_provider, meter_provider)
 
 
 class Telemetry:
-    """What a storage's calls are told to (`agentstate.calllog`)."""
+    """Records the calls on one storage (see `agentstate.calllog`)."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Telemetry:
         self._storage = weakref.ref(storage)
         self._max_history = storage.max_history
         self._attributes = storage.telemetry_attributes()
-        # A numeric index of a database would look odd in a name; the conventions leave it out there.
+        # The conventions leave the numeric index of a database out of the name of a span.
         namespace = str(self._attributes.get("db.namespace", ""))
         target = self._attributes.get("db.collection.name") or ("" if namespace.isdigit() else namespace)
         self._target = f" {target}" if target else ""
@@ -88,7 +88,7 @@ class Telemetry:
     # --- calls
 
     def begin(self, call: Call) -> None:
-        """A call has its first operation for the storage."""
+        """Called with the first operation of a call."""
         attributes: dict[str, Any] = {**self._attributes, "db.operation.name": call.name}
         if call.context_id is not None:
             attributes["gen_ai.conversation.id"] = call.context_id
@@ -97,7 +97,7 @@ class Telemetry:
         )
 
     def end(self, call: Call) -> None:
-        """A call is over. One that had no operation at all is not worth a word."""
+        """Called when a call has ended. A call without any operation is not recorded."""
         span: trace.Span | None = call.span
         if span is None:
             return
@@ -113,13 +113,13 @@ class Telemetry:
         span.set_attribute("agentstate.bytes_written", call.bytes_written)
         span.set_attribute("agentstate.bytes_read", call.bytes_read)
         if call.changes:
-            # The trimming that `max_history` adds to what appends is nobody's call.
+            # Without the trim that `max_history` adds to every append.
             trimmed = self._max_history is not None and any(type(change) is Append for change in call.changes)
             size = len(call.changes) - trimmed
             if size > 1:
                 span.set_attribute("db.operation.batch.size", size)
         if error is not None:
-            # Without the message and the traceback: what a caller's own function raised may quote contents.
+            # Without the message and the traceback: an exception of a caller's function may quote contents.
             span.set_attribute("error.type", error)
             span.set_status(trace.StatusCode.ERROR)
 
@@ -130,7 +130,7 @@ class Telemetry:
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             storage = self._storage()
-            if storage is None or storage.telemetry is not self:  # it is gone, or told to somebody else by now
+            if storage is None or storage.telemetry is not self:  # collected, or instrumented again
                 return
             for value, attributes in find(storage.statistics()):
                 yield Observation(value, {**self._attributes, **attributes})
@@ -139,8 +139,8 @@ class Telemetry:
 
 
 def error_type(error: BaseException) -> str:
-    """What the conventions want in ``error.type``: the name of the class, with its module where it is not built in."""
-    if isinstance(error, GeneratorExit):  # how a call hears that its task was cancelled
+    """The value of ``error.type``: the name of the class, with its module unless it is a built-in one."""
+    if isinstance(error, GeneratorExit):  # the call was closed because its task was cancelled
         return _CANCELLED
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -99,7 +99,7 @@ def test_a_real_context_module_is_an_error_that_names_it(run: Run, tmp_path: Pat
     (tmp_path / "src" / "agent").mkdir(parents=True)
     (tmp_path / "src" / "agent" / "context.py").write_text("stateful = None")
     result = run(INSTALL)
-    assert "StateConfigError: there is a src.agent.context already, in " in result.stderr
+    assert "StateConfigError: src.agent.context already exists in " in result.stderr
     assert "import from agentstate.context instead" in result.stderr
     assert succeed(run("import src.agent.context\nprint(src.agent.context.stateful)")) == "None\n"
 
@@ -118,8 +118,8 @@ def test_a_real_handlers_module_stays(run: Run, tmp_path: Path) -> None:
 def test_a_module_where_a_package_should_be_is_an_error(run: Run, tmp_path: Path) -> None:
     (tmp_path / "src.py").write_text("")
     result = run(INSTALL)
-    assert "StateConfigError: there is a module 'src', in " in result.stderr
-    assert "which is not a package" in result.stderr
+    assert "StateConfigError: 'src' must be a package, but there is a module of that name in " in result.stderr
+    assert "must be a package" in result.stderr
 
 
 def test_debug_logging_by_agentups_name(run: Run) -> None:

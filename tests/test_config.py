@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from agentstate.config import StateConfig, load_config
+from agentstate.config.model import KEYS
 from agentstate.errors import StateConfigError
 
 Load = Callable[..., StateConfig]
@@ -220,7 +221,7 @@ def test_the_url_under_services_is_never_taken_and_the_error_says_so(problems: P
 
 def test_the_insufficient_and_the_correct_block_in_one_file_are_a_duplicate(problems: Problems) -> None:
     found = problems(INSUFFICIENT + CORRECT)
-    assert "4: `state` is here for the second time, after line 1: keep one" in found
+    assert "4: `state` is already set in line 1: keep one of them" in found
 
 
 @pytest.mark.parametrize("text", ["state:\n  backend: file\n\n# Update handlers\n@stateful(storage='file')\n"])
@@ -522,7 +523,7 @@ def test_types_come_after_expansion(load: Load, line: str, value: Any) -> None:
     [
         ("${UNSET}", "the variable UNSET is not set: set it, or give it a default: `${UNSET:default}`"),
         ("x${UNSET:${ALSO_UNSET}}", "the variable ALSO_UNSET is not set"),
-        ("${UNSET:-default}", "the default of UNSET follows the colon, without a `-`: `${UNSET:default}`"),
+        ("${UNSET:-default}", "the default of UNSET must follow the colon without a `-`: `${UNSET:default}`"),
         ("${UNSET", "`${` begins a variable"),
         ("${}", "`${` begins a variable"),
         ("${1A}", "`${` begins a variable"),
@@ -538,7 +539,25 @@ def test_a_wrong_variable_is_named_once(problems: Problems, text: str, sentence:
 def test_what_a_variable_holds_is_not_shown(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTL", "hunter2")
     (problem,) = problems("state:\n  ttl: ${TTL}\n")
-    assert problem == "2: `ttl` must be a positive number of seconds, not what ${TTL} gives; write `ttl: 3600`"
+    assert problem == "2: `ttl` must be a positive number of seconds, got the value of ${TTL}; write `ttl: 3600`"
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [("url", "hunter2:6379"), ("ttl", "7h"), ("max_value_bytes", "7M"), ("max_history", "7.0")],
+)
+def test_nor_is_what_was_probably_meant_by_it(
+    problems: Problems, monkeypatch: pytest.MonkeyPatch, key: str, secret: str
+) -> None:
+    backend = "valkey" if key == "url" else "file"
+    for value in (secret, "${SECRET}"):
+        monkeypatch.setenv("SECRET", secret)
+        (problem,) = problems(f"state:\n  backend: {backend}\n  {key}: '{value}'\n")
+        hint = problem.partition("; write ")[2]
+        assert ("${SECRET}" in problem) == (value != secret)
+        assert (hint == f"`{key}: {KEYS[key].kind.example}`") == (value != secret), problem
+        if value != secret:
+            assert secret not in problem
 
 
 @pytest.mark.parametrize(
@@ -629,9 +648,9 @@ def test_a_key_like_no_other_is_answered_with_all_there_are(problems: Problems) 
 
 def test_a_key_of_another_backend_is_said_to_be_one(problems: Problems) -> None:
     assert problems("state:\n  backend: memory\n  storage_dir: x\n  layout: log\n") == [
-        "3: `storage_dir` belongs to `backend: file`, and this is `backend: memory`: delete it, or change the backend",
+        "3: `storage_dir` is a key of `backend: file`, and this is `backend: memory`: delete it, or change the backend",
         (
-            "4: `layout` belongs to `backend: file` and `backend: valkey`, and this is `backend: memory`: "
+            "4: `layout` is a key of `backend: file` and `backend: valkey`, and this is `backend: memory`: "
             "delete it, or change the backend"
         ),
     ]
@@ -639,7 +658,7 @@ def test_a_key_of_another_backend_is_said_to_be_one(problems: Problems) -> None:
 
 def test_a_forgotten_backend_is_asked_for(problems: Problems) -> None:
     assert problems("state:\n  url: valkey://h\n") == [
-        "2: `url` belongs to `backend: valkey`, and without a `backend:` this is `file`: add the line `backend: valkey`"
+        "2: `url` is a key of `backend: valkey`, and the default backend is `file`: add the line `backend: valkey`"
     ]
 
 
@@ -651,7 +670,7 @@ def test_a_misspelt_backend_is_answered_with_the_nearest_and_the_rest_is_checked
     problems: Problems, name: str, meant: str
 ) -> None:
     assert problems(f"state:\n  backend: {name}\n  tll: 1\n") == [
-        f"2: `{name}` is not the name of a backend; did you mean `{meant}`?",
+        f"2: unknown backend `{name}`; did you mean `{meant}`?",
         "3: `tll` is not a key of `state:`; did you mean `ttl`?",
     ]
 
@@ -659,23 +678,23 @@ def test_a_misspelt_backend_is_answered_with_the_nearest_and_the_rest_is_checked
 @pytest.mark.parametrize("value", ["", '""', "[file]"])
 def test_a_backend_that_is_no_name_is_refused_and_the_rest_is_checked(problems: Problems, value: str) -> None:
     first, second = problems(f"state:\n  backend: {value}\n  ttl: 0\n  unknown: 1\n  url: 'valkey://h'\n")
-    assert first.startswith("2: `backend` must be the name of a backend, not ")
+    assert first.startswith("2: `backend` must be the name of a backend, got ")
     assert second.startswith("3: `ttl` must be")
 
 
 @pytest.mark.parametrize("key", ["enabled: true", "backend: file", "config: {}", "on_unavailable: raise"])
 def test_a_key_of_the_section_has_no_place_among_the_options(problems: Problems, key: str) -> None:
     (problem,) = problems(f"state:\n  config:\n    {key}\n")
-    assert problem == f"3: `{key.partition(':')[0]}` belongs directly under `state:`, not into `config:`"
+    assert problem == f"3: `{key.partition(':')[0]}` belongs directly under `state:`, not under `config:`"
 
 
 def test_a_key_written_twice_is_a_problem_flat_nested_or_both(problems: Problems) -> None:
     assert problems(
         "state:\n  ttl: 1\n  ttl: 1\n  config:\n    ttl: 1\n    exclusive: true\n    exclusive: true\n"
     ) == [
-        "3: `ttl` is here for the second time, after line 2: keep one",
-        "5: `ttl` is here for the second time, after line 2: keep one",
-        "7: `exclusive` is here for the second time, after line 6: keep one",
+        "3: `ttl` is already set in line 2: keep one of them",
+        "5: `ttl` is already set in line 2: keep one of them",
+        "7: `exclusive` is already set in line 6: keep one of them",
     ]
 
 
@@ -707,13 +726,13 @@ def test_a_section_without_indentation_is_noticed(problems: Problems) -> None:
 @pytest.mark.parametrize("value", ["memory", "[backend, memory]", "3"])
 def test_a_section_that_holds_no_keys_is_refused(problems: Problems, value: str) -> None:
     (problem,) = problems(f"state: {value}\n")
-    assert problem == "1: `state:` holds keys, each in a line of its own, such as `backend: file`"
+    assert problem == "1: `state:` must contain keys, each on its own line, such as `backend: file`"
 
 
 @pytest.mark.parametrize("line", ["config: 5", "skill_overrides: [a]"])
 def test_what_must_hold_keys_is_refused_when_it_holds_none(problems: Problems, line: str) -> None:
     (problem,) = problems(f"state:\n  {line}\n")
-    assert problem.startswith(f"2: `{line.partition(':')[0]}` holds ")
+    assert problem.startswith(f"2: `{line.partition(':')[0]}` must contain ")
 
 
 @pytest.mark.parametrize(
@@ -869,16 +888,16 @@ skills:
     assert problems(text) == [
         '5: `backend: valkey` needs a url: add the line `url: "valkey://localhost:6379"` under `a:`',
         "7: `storage_dri` is not a key of `b:`; did you mean `storage_dir`?",
-        "8: `c:` holds keys, each in a line of its own, such as `backend: file`",
-        "10: `skill_overrides` has no place under `d:`",
-        "13: `b` has its own settings in line 6 already: keep one",
+        "8: `c:` must contain keys, each on its own line, such as `backend: file`",
+        "10: `skill_overrides` is not allowed under `d:`",
+        "13: `b` already has settings in line 6: keep one of them",
         "14: `state_override` needs a `skill_id:` beside it",
     ]
 
 
 def test_a_wrong_backend_of_a_handler_is_one_problem(problems: Problems) -> None:
     text = "state:\n  skill_overrides:\n    a:\n      backend: vlakey\n      url: valkey://h\n    b:\n"
-    assert problems(text) == ["4: `vlakey` is not the name of a backend; did you mean `valkey`?"]
+    assert problems(text) == ["4: unknown backend `vlakey`; did you mean `valkey`?"]
 
 
 @pytest.mark.parametrize("services", ["5", "[a]", "{a: b}", "{a: {config: 5}}", "{a: {url: http://h}}"])
@@ -916,14 +935,14 @@ def test_another_backend_drops_the_options_of_the_first_and_keeps_what_every_bac
     ("backend", "options", "sentence"),
     [
         (None, {"tll": 5}, "`tll` is not a key of `backend: file`; did you mean `ttl`?"),
-        (None, {"ttl": 0}, "`ttl` must be a positive number of seconds, not 0; write `ttl: 3600`"),
-        (None, {"ttl": True}, "`ttl` must be a positive number of seconds, not True; write `ttl: 3600`"),
-        (None, {"url": "valkey://h"}, "`url` belongs to `backend: valkey`, and this is `backend: file`"),
+        (None, {"ttl": 0}, "`ttl` must be a positive number of seconds, got 0; write `ttl: 3600`"),
+        (None, {"ttl": True}, "`ttl` must be a positive number of seconds, got True; write `ttl: 3600`"),
+        (None, {"url": "valkey://h"}, "`url` is a key of `backend: valkey`, and this is `backend: file`"),
         ("valkey", {}, '`backend: valkey` needs a url: add the line `url: "valkey://localhost:6379"`'),
         ("valkey", {"url": b"x"}, "`url` must be a URL"),
-        (None, {"config": 5}, "`config` must be a mapping of keys to values, not 5"),
-        (None, {"config": {1: 2}}, "`config` must be a mapping of keys to values, not a mapping"),
-        ("", {}, "`backend` must be the name of a backend, not empty"),
+        (None, {"config": 5}, "`config` must be a mapping of keys to values, got 5"),
+        (None, {"config": {1: 2}}, "`config` must be a mapping of keys to values, got a mapping"),
+        ("", {}, "`backend` must be the name of a backend, got nothing"),
     ],
 )
 def test_a_wrong_override_is_a_configuration_error(backend: str | None, options: dict[str, Any], sentence: str) -> None:
@@ -977,10 +996,10 @@ def test_known_backends_have_their_options_checked(load: Load, problems: Problem
 def test_with_known_backends_any_other_is_a_problem(load: Load, problems: Problems) -> None:
     text = "state:\n  backend: {}\n"
     assert problems(text.format("sqlit"), known_backends={"sqlite": None}) == [
-        "2: `sqlit` is not the name of a backend; did you mean `sqlite`?"
+        "2: unknown backend `sqlit`; did you mean `sqlite`?"
     ]
     assert problems(text.format("oracle"), known_backends={"sqlite": None}) == [
-        "2: `oracle` is not the name of a backend; there are `memory`, `file`, `valkey`, `sqlite`"
+        "2: unknown backend `oracle`; use one of `memory`, `file`, `valkey`, `sqlite`"
     ]
     assert load(text.format("redis"), known_backends={"redis": None}).backend == "redis"
 

@@ -268,7 +268,7 @@ def test_a_bound_method_can_be_decorated() -> None:
 
 
 def test_the_instance_is_never_taken_for_the_task() -> None:
-    with pytest.raises(StateConfigError, match=r"which parameter of .*Odd.handle\(\) is the task: call it `task`"):
+    with pytest.raises(StateConfigError, match=r"which parameter of .*Odd.handle\(\) is the task; name it `task`"):
 
         class Odd:
             context_id = "shared by all"
@@ -449,7 +449,7 @@ def test_decorating_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("handler", [3, "memory", Agent, None])
 def test_only_functions_can_be_decorated(handler: Any) -> None:
-    with pytest.raises(TypeError, match="@stateful is for functions and methods"):
+    with pytest.raises(TypeError, match="@stateful must decorate a function or a method"):
         stateful("memory")(handler)
 
 
@@ -469,7 +469,7 @@ def test_wrong_arguments_are_the_errors_that_python_gives() -> None:
     for args, kwargs in [((TASK,), {"nothing": 1}), ((TASK, 1, 2), {}), ((TASK,), {"task": TASK})]:
         with pytest.raises(TypeError):
             handler(*args, **kwargs)
-    with pytest.raises(TypeError, match="gets its `context` from @stateful"):
+    with pytest.raises(TypeError, match="must not be called with `context`"):
         handler(TASK, context=3)
 
 
@@ -637,7 +637,7 @@ def test_another_storage_drops_the_files_keys_of_that_one() -> None:
         ({"storage": "valkey"}, "needs a url"),
         ({"storage": "valky"}, "did you mean 'valkey'"),
         ({"storage": "memory", "tll": 3}, "did you mean `ttl`"),
-        ({"storage": "memory", "url": "valkey://x"}, "`url` belongs to `backend: valkey`"),
+        ({"storage": "memory", "url": "valkey://x"}, "`url` is a key of `backend: valkey`"),
         ({"storage": "memory", "enabled": False}, "'enabled' is a key of the configuration file"),
     ],
 )
@@ -743,7 +743,7 @@ def test_settings_for_single_handlers_go_by_their_name() -> None:
 
 def test_switched_off_is_an_error_for_a_handler_that_needs_state() -> None:
     configure("state: {enabled: false, backend: memory}")
-    with pytest.raises(StateConfigError, match="state management is switched off"):
+    with pytest.raises(StateConfigError, match="state management is disabled"):
         stateful("memory")(lambda task, context: None)(TASK)
 
 

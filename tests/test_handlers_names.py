@@ -75,7 +75,7 @@ def test_below_stateful(storage: InMemoryStorage) -> None:
 
 @pytest.mark.parametrize("error", [StateError, LookupError, HandlerNotFoundError])
 def test_an_unknown_handler_is_an_error(error: type[Exception]) -> None:
-    with pytest.raises(error, match="there is no handler 'x'; there are none; is its module imported"):
+    with pytest.raises(error, match="unknown handler 'x'; none is registered: has its module been imported"):
         get_handler("x")
 
 
@@ -83,10 +83,10 @@ def test_the_error_names_the_nearest_handler() -> None:
     register_handler("memory_assistant")(handler)
     register_handler("planner")(handler)
     with pytest.raises(
-        HandlerNotFoundError, match="there is no handler 'memory_asistant'; did you mean 'memory_assistant'"
+        HandlerNotFoundError, match="unknown handler 'memory_asistant'; did you mean 'memory_assistant'"
     ):
         get_handler("memory_asistant")
-    with pytest.raises(HandlerNotFoundError, match="there are 'memory_assistant', 'planner'") as caught:
+    with pytest.raises(HandlerNotFoundError, match="registered are 'memory_assistant', 'planner'") as caught:
         get_handler("xyz")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -94,7 +94,9 @@ def test_the_error_names_the_nearest_handler() -> None:
 def test_a_name_belongs_to_one_handler() -> None:
     register_handler("one")(handler)
     register_handler("one")(handler)
-    with pytest.raises(StateConfigError, match=r"the handler name 'one' is taken by .*\.handler: choose another"):
+    with pytest.raises(
+        StateConfigError, match=r"the handler name 'one' is already used by .*\.handler; choose another"
+    ):
         register_handler("one")(other)
     assert get_handler("one") is handler
 
@@ -113,11 +115,11 @@ def test_objects_are_not_taken_for_each_other() -> None:
     first, second = functools.partial(handler), functools.partial(handler)
     register_handler("one")(first)
     register_handler("one")(first)
-    with pytest.raises(StateConfigError, match=r"taken by functools\.partial object at"):
+    with pytest.raises(StateConfigError, match=r"already used by functools\.partial object at"):
         register_handler("one")(second)
 
 
 @pytest.mark.parametrize("name", ["", None, handler])
 def test_a_handler_is_registered_under_a_name(name: Any) -> None:
-    with pytest.raises(TypeError, match="a handler is registered under a name"):
+    with pytest.raises(TypeError, match="register_handler needs a name"):
         register_handler(name)

@@ -145,7 +145,7 @@ def test_a_name_is_not_taken_twice() -> None:
     register_storage("small", SmallStorage)
     register_storage("small", SmallStorage)
     for name in ("small", "memory", "valkey"):
-        with pytest.raises(StateConfigError, match=f"'{name}' is taken by"):
+        with pytest.raises(StateConfigError, match=f"'{name}' is already used by"):
             register_storage(name, InMemoryStorage)
     assert storage_class("small") is SmallStorage
 
@@ -159,13 +159,13 @@ def test_a_reloaded_class_replaces_the_one_before() -> None:
 
 @pytest.mark.parametrize("cls", [int, "agentstate.storage.memory", InMemoryStorage()])
 def test_only_storage_classes_can_be_registered(cls: Any) -> None:
-    with pytest.raises(TypeError, match="must be a class derived from StateStorage"):
+    with pytest.raises(TypeError, match="must be a subclass of StateStorage"):
         register_storage("small", cls)
 
 
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_a_storage_needs_a_name(name: Any) -> None:
-    with pytest.raises(StateConfigError, match="the name of a storage is text"):
+    with pytest.raises(StateConfigError, match="the name of a storage must be text"):
         register_storage(name, SmallStorage)
 
 
@@ -214,14 +214,14 @@ class SqliteStorage(InMemoryStorage):
 
     def test_one_that_is_no_storage_is_an_error(self, install: Any) -> None:
         install("plugin_four", "plugin_four:thing", "thing = 3")
-        with pytest.raises(TypeError, match="must be a class derived from StateStorage"):
+        with pytest.raises(TypeError, match="must be a subclass of StateStorage"):
             storage_class("sqlite")
 
     def test_two_of_one_name_are_an_error(self, install: Any) -> None:
         install("plugin_five", "plugin_five:SqliteStorage", self.SOURCE)
         install("plugin_six", "plugin_six:SqliteStorage", self.SOURCE)
         with pytest.raises(
-            StateConfigError, match=r"several packages bring a storage 'sqlite' \(plugin_five.*plugin_six"
+            StateConfigError, match=r"several packages provide a storage 'sqlite' \(plugin_five.*plugin_six"
         ):
             storage_class("sqlite")
 
@@ -379,7 +379,7 @@ def test_a_memory_user_pays_for_no_other_storage() -> None:
     ("storage", "options", "message"),
     [
         ("memory", {"tll": 3}, "did you mean `ttl`"),
-        ("memory", {"storage_dir": "x"}, "`storage_dir` belongs to `backend: file`"),
+        ("memory", {"storage_dir": "x"}, "`storage_dir` is a key of `backend: file`"),
         ("file", {"directory": "x"}, "did you mean `storage_dir`"),
         ("valkey", {"url": "valkey://x", "prefix": "x"}, "did you mean `key_prefix`"),
         ("valkey", {}, "`backend: valkey` needs a url: add the line"),
@@ -388,7 +388,7 @@ def test_a_memory_user_pays_for_no_other_storage() -> None:
         ("memory", {"enabled": True}, "'enabled' is a key of the configuration file"),
         ("memory", {"backend": "file"}, "'backend' is a key of the configuration file"),
         ("memory", {"on_unavailable": "raise"}, "'on_unavailable' is a key of the configuration file"),
-        (3, {}, "a storage is chosen by its name"),
+        (3, {}, "storage_type must be the name of a storage"),
     ],
 )
 def test_wrong_options_say_what_is_right(storage: Any, options: dict[str, Any], message: str) -> None:
@@ -540,7 +540,7 @@ def test_a_broken_file_is_an_error_with_its_line_whatever_was_asked_for() -> Non
 
 def test_what_is_switched_off_is_given_to_nobody_who_does_not_name_it() -> None:
     configure("state: {enabled: false, backend: memory}")
-    with pytest.raises(StateConfigError, match=r"switched off: `enabled: false` in agent_config.yaml"):
+    with pytest.raises(StateConfigError, match=r"disabled by `enabled: false` in agent_config.yaml"):
         get_context_manager()
     assert isinstance(get_context_manager("memory").storage, InMemoryStorage)
 

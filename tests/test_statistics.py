@@ -29,7 +29,7 @@ from agentstate import (
 from agentstate.operations import Append, Commit, Page, Query
 from agentstate.storage.document import DocumentStorage, DocumentUpdate
 from agentstate.storage.statistics import Histogram, statistics_of
-from agentstate.storage.tally import _PUT_ASIDE, TIMED_ONE_IN, Tally
+from agentstate.storage.tally import _BUFFERED, TIMED_ONE_IN, Tally
 
 
 def size_of(folder: Path, suffix: str) -> int:
@@ -196,7 +196,7 @@ def test_a_third_party_that_does_nothing_for_it_has_statistics_too() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_what_many_threads_do_is_counted_to_the_last_byte() -> None:
     tally = Tally()
-    size = 3 * _PUT_ASIDE + 7
+    size = 3 * _BUFFERED + 7
 
     def work() -> None:
         for number in range(size):

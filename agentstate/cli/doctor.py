@@ -108,7 +108,7 @@ def _examine(chosen: dict[str, Any], read_only: bool) -> Generator[Finding, None
     else:
         yield ok("configuration", f"{config.source}, section {config.section or '(none)'}")
     if not config.enabled:
-        yield warning("configuration", "state management is switched off: `enabled: false`", "handlers get no context")
+        yield warning("configuration", "state management is disabled by `enabled: false`", "handlers get no context")
     try:
         place = chosen_place(chosen)
         test_id = f"agentstate-doctor-{uuid4().hex}"

@@ -223,7 +223,7 @@ def _print_settings(config: StateConfig) -> None:
         pairs.append((name, value if isinstance(value, str) else console.json_text(value)))
     console.facts(pairs)
     if not config.enabled:
-        console.note("State management is switched off: `enabled: false`.")
+        console.note("State management is disabled by `enabled: false`.")
 
 
 def _print_keys() -> None:

@@ -1,4 +1,4 @@
-"""Every key of the state section, described once, and the dataclass whose fields they are."""
+"""The keys of the state section: each is described once, as a field of `StateConfig`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .kinds import (
 )
 
 BACKENDS: Final = ("memory", "file", "valkey")
-"""The backends that this package brings. Any other name is a third party's."""
+"""The built-in backends. Any other name is a third party's."""
 
 OTHER_BACKEND_NAMES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("redis", "keydb"), "valkey"),
@@ -40,7 +40,7 @@ OTHER_BACKEND_NAMES: Final[Mapping[str, str]] = {
 """Names that people try, and the backend that each means."""
 
 SECTIONS: Final = ("state", "state_management")
-"""What the section may be called."""
+"""The names that the section may have."""
 
 AGENTUP_OVERRIDES: Final = (("skills", "skill_id"), ("plugins", "plugin_id"))
 """AgentUp's lists whose entries may have a `state_override`, and the key of an entry's name."""
@@ -56,10 +56,9 @@ _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|(^|_)(pw|key|auth|d
 class Key:
     """One key of the section.
 
-    `backends` are those whose option it is: `EVERY` is all of them, third parties' included; a key without any is for
-    agentstate itself. What holds without the key is `default`, or `without` in words. A `nullable` key may be `null`,
-    which says "none". `connects` marks what is an option of the connection, like those in a URL. `mistaken` are other
-    names that people try.
+    `backends` are those that have the option: `EVERY` is all of them, third parties' included; a key without any is for
+    agentstate itself. `default` is its default, or `without` describes it. A `nullable` key may be `null`, which means
+    "none". `connects` marks an option of the connection, like those in a URL. `mistaken` are other names, for hints.
     """
 
     kind: Kind
@@ -89,10 +88,9 @@ def _own(kind: Kind, default: Any, meaning: str, **more: Any) -> Any:
 class StateConfig:
     """The state section: a field for each of its keys.
 
-    An option that is not set is None here and absent from `options()`: what a backend then does is the backend's
-    business, and whoever overrides this configuration does it key by key. `config` is left with the options of a third
-    party's backend; those of the others go to their own fields. `source` is the file, and `section` the name of the
-    section in it; None where there was none.
+    An option that is not set is None here and absent from `options()`, so that the backend's default applies. `config`
+    contains the options of a third party's backend; those of the built-in ones are moved to their own fields. `source`
+    is the file, and `section` the name of the section in it, or None.
 
     Raises StateConfigError, whose `problems` are all that is wrong.
     """
@@ -308,10 +306,10 @@ class StateConfig:
         return named | deepcopy(self.config)
 
     def override(self, backend: str | None = None, /, **options: Any) -> StateConfig:
-        """This configuration with `options` over it, key by key, as a decorator or a single handler asks for.
+        """A copy of this configuration in which `options` replace single keys.
 
-        Another `backend` than this one's drops what is set for this one and keeps what is for every backend (`ttl`,
-        `max_history`, ...). None is a value: ``override(ttl=None)`` keeps contexts forever. Raises StateConfigError.
+        With another `backend`, the options of this one are dropped and those of every backend (`ttl`, `max_history`,
+        ...) are kept. None is a value: ``override(ttl=None)`` keeps contexts forever. Raises StateConfigError.
         """
         chosen = self.backend if backend is None else backend
         known = known_to(chosen)
@@ -329,19 +327,19 @@ class StateConfig:
         return StateConfig(**values, source=self.source, section=self.section, _nulls=nulls)
 
     def for_handler(self, name: str) -> StateConfig:
-        """What holds for the handler of that name: this configuration with its `skill_overrides` over it."""
+        """The configuration of the handler of that name: this one, with its `skill_overrides` applied."""
         options = dict(self.skill_overrides.get(name, {}))
         return self.override(options.pop("backend", None), **options, skill_overrides={})
 
     def to_dict(self) -> dict[str, Any]:
-        """What is set, as JSON values, with everything secret hidden."""
+        """The keys that are set, as JSON values; secrets are replaced by a placeholder."""
         from dataclasses_json import DataClassJsonMixin
 
         values = DataClassJsonMixin.to_dict(cast(Any, self))
         return {name: _redacted(name, values[name]) for name, _ in self._shown()}
 
     def _flatten(self) -> Iterator[str]:
-        """Move what `config` holds to the fields that it has."""
+        """Move the options in `config` to their own fields."""
         given: Any = self.config
         if not isinstance(given, Mapping):
             return
@@ -349,7 +347,7 @@ class StateConfig:
         for name in given:
             if name in keys_of(self.backend):
                 if self._sets(name):
-                    yield f"`{name}` is set twice, also in `config`: keep one"
+                    yield f"`{name}` is set twice, here and in `config`: keep one of them"
                 self._set(name, rest.pop(name))
             elif self.backend in BACKENDS:
                 yield unknown_key(name, self.backend)
@@ -379,20 +377,20 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
 
 
 def keys_of(backend: str | None) -> dict[str, Key]:
-    """The options of `backend` that have a key of their own; with None, those that every backend has."""
+    """The keys that are options of `backend`; with None, those of every backend."""
     return {name: key for name, key in KEYS.items() if key.backends == EVERY or backend in key.backends}
 
 
 def known_to(backend: str | None) -> dict[str, Key]:
-    """What may stand in a section with that backend: its options, and the keys that are for agentstate."""
+    """The keys that a section with that backend may have: its options, and the keys for agentstate itself."""
     return {name: key for name, key in KEYS.items() if not key.backends} | keys_of(backend)
 
 
 def convert(name: str, value: object, *, given_by: str = "") -> Any:
-    """`value` as what stands behind the key `name`: typed, or None where the key may be null and this is empty.
+    """`value` as the value of the key `name`: typed, or None if the key may be null and `value` is empty.
 
-    Raises ValueError with a sentence that says what to write. `given_by` names the variables that the value came from;
-    the sentence then shows them and not the value.
+    Raises ValueError with a message that says what to write. `given_by` names the variables that the value came from;
+    the message then shows these names, and nothing of the value.
     """
     key = KEYS[name]
     if key.nullable and (value is None or value == "" or (key.kind is not TEXT and value in ("null", "~"))):
@@ -402,16 +400,17 @@ def convert(name: str, value: object, *, given_by: str = "") -> Any:
         if isinstance(converted, str):
             converted.encode()
     except RefusedError as refused:
-        shown = f"what {given_by} gives" if given_by else _quoted(name, key, value)
+        # The value of a variable may be a secret, and so may be what was probably meant by it.
+        shown = f"the value of {given_by}" if given_by else _quoted(name, key, value)
         write = key.kind.example if given_by else str(refused) or key.kind.example
-        raise ValueError(f"`{name}` must be {key.kind.expects}, not {shown}; write `{name}: {write}`") from None
+        raise ValueError(f"`{name}` must be {key.kind.expects}, got {shown}; write `{name}: {write}`") from None
     except UnicodeEncodeError:
         raise ValueError(f"`{name}` is not valid Unicode") from None
     return converted
 
 
 def merged(values: Mapping[str, Any], backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` of a section with `options` over them: all of them for the same backend, else what every backend has."""
+    """`values` of a section updated by `options`. For another backend, only the keys of every backend are kept."""
     same = backend == values["backend"]
     known = known_to(backend)
     kept = known if same else known_to(None)
@@ -423,7 +422,7 @@ def merged(values: Mapping[str, Any], backend: str, options: Mapping[str, Any]) 
 
 
 def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a section whose values are right each for itself: the key, and a sentence about it."""
+    """What is wrong with the combination of the values of a section: the key, and a message."""
     if values["backend"] != "valkey":
         return
     if values.get("url") is None:
@@ -439,19 +438,19 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def unknown_key(name: str, backend: str, known: Iterable[str] = (), *, where: str = "", implied: bool = False) -> str:
-    """A sentence about a key that has no place in a section with `backend`, and the nearest one that has.
+    """The message for a key that a section with `backend` does not have, with a hint at the nearest one.
 
-    `known` are the options of a third party's backend, `where` says where the key was found, and `implied` that no
-    backend is written there.
+    `known` are the options of a third party's backend, `where` says where the key was found, and `implied` that the
+    section does not set a backend.
     """
     if name in KEYS and backend in BACKENDS:
         if not KEYS[name].backends:
-            return f"`{name}` belongs directly into the section, not into `config`"
+            return f"`{name}` belongs directly in the section, not in `config`"
         owners = " and ".join(f"`backend: {owner}`" for owner in KEYS[name].backends)
         if implied:
             line = f"add the line `backend: {KEYS[name].backends[0]}`"
-            return f"`{name}` belongs to {owners}, and without a `backend:` this is `{backend}`: {line}"
-        return f"`{name}` belongs to {owners}, and this is `backend: {backend}`: delete it, or change the backend"
+            return f"`{name}` is a key of {owners}, and the default backend is `{backend}`: {line}"
+        return f"`{name}` is a key of {owners}, and this is `backend: {backend}`: delete it, or change the backend"
     subject = f"`{name[:60]}` is not a key of {where or f'`backend: {backend}`'}"
     own = {*known_to(backend), *known}
     likeness, meant = _nearest(name, own)
@@ -469,7 +468,7 @@ _CLEARLY: Final = 0.1
 
 
 def _nearest(name: str, candidates: set[str]) -> tuple[float, str]:
-    """The key that somebody meant by a name, and how alike the two are; 0 and "" where none is."""
+    """The key that is most similar to a name, and their similarity; "" and 0 if none is similar."""
     from difflib import SequenceMatcher, get_close_matches
 
     word = name[:60].lower().replace("-", "_")
@@ -482,7 +481,7 @@ def _nearest(name: str, candidates: set[str]) -> tuple[float, str]:
 
 def _quoted(name: str, key: Key, value: object) -> str:
     if value is None or value == "":
-        return "empty"
+        return "nothing"
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple | set):

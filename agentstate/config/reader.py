@@ -41,7 +41,7 @@ class _Entry(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    """The backend of a section, None where its name is wrong; how it came to be that one."""
+    """The backend of a section (None if its name is wrong), and how it was chosen."""
 
     name: str | None
     implied: bool = False
@@ -53,7 +53,7 @@ _DEFAULT_BACKEND: Final = _Backend("file", implied=True)
 
 @dataclass
 class _Section:
-    """What a section says: the values by their keys, and the line of each."""
+    """The contents of a section: the values by their keys, and the line of each."""
 
     line: int
     name: str
@@ -69,11 +69,11 @@ class _Section:
 
 
 class _TooManyError(Exception):
-    """There are so many problems that nobody will read more."""
+    """There are too many problems to report them all."""
 
 
 class Reader:
-    """Of one file. `known_backends` as `load_config` has it; `named_by` says who named the file."""
+    """Reads one file. `known_backends` is that of `load_config`; `named_by` says where the path is from."""
 
     def __init__(
         self, path: str, known_backends: Mapping[str, Collection[str] | None] | None, *, named_by: str = ""
@@ -104,7 +104,7 @@ class Reader:
 
     def _error(self) -> StateConfigError:
         name = self.path if self.path.isprintable() else ascii(self.path)
-        # A node that is used through aliases is read, and complained of, more than once.
+        # A node that is used through aliases is read, and reported, more than once.
         ordered = sorted(dict.fromkeys(self.problems), key=lambda problem: problem[0])
         problems = [
             _one_line(f"{name}:{line}: {sentence}" if line else f"{name}: {sentence}") for line, sentence in ordered
@@ -117,7 +117,7 @@ class Reader:
 
     def _bytes(self) -> bytes:
         try:
-            # Opening a pipe could wait forever, and a device need not end.
+            # Opening a pipe could block forever, and reading a device need not end.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise UnreadableError(0, "this is not a regular file")
             with open(self.path, "rb") as file:
@@ -138,17 +138,17 @@ class Reader:
         merged: list[Node] = []
         for key, value in node.pairs():
             if key.kind != "scalar":
-                self._problem(key.line, f"a key of {where} must be text, not a {key.kind}")
+                self._problem(key.line, f"a key of {where} must be text, got a {key.kind}")
             elif key.tag == "merge":
                 merged += value.children if value.kind == "list" else [value]
             elif key.text in entries:
                 first = entries[key.text].line
-                self._problem(key.line, f"`{key.text[:60]}` is here for the second time, after line {first}: keep one")
+                self._problem(key.line, f"`{key.text[:60]}` is already set in line {first}: keep one of them")
             else:
                 entries[key.text] = _Entry(key.text, key.line, value)
         for other in merged:
             if other.kind != "map":
-                self._problem(other.line, "`<<` merges mappings, and this is none")
+                self._problem(other.line, "`<<` must be followed by a mapping")
                 continue
             for entry in self._entries(other, where):
                 entries.setdefault(entry.key, entry)
@@ -157,7 +157,7 @@ class Reader:
     # --- values ---------------------------------------------------------------------------------------------------
 
     def _take(self, section: _Section, entry: _Entry) -> Any:
-        """Put what stands behind a key of ours into the section."""
+        """Add the value of a known key to the section."""
         section.lines[entry.key] = entry.line
         value: Any = None
         variables = ""
@@ -172,7 +172,7 @@ class Reader:
         return section.values.get(entry.key)
 
     def _plain(self, node: Node, where: str) -> Any:
-        """The value of a node that nobody here knows the type of: what YAML makes of it, after expansion."""
+        """The value of a node of unknown type, as YAML reads it, with its variables expanded."""
         if node.kind == "list":
             return [self._plain(child, where) for child in node.children]
         if node.kind == "map":
@@ -189,8 +189,8 @@ class Reader:
     def _config(self, root: Node) -> StateConfig:
         if root.kind != "map":
             if root.tag != "null":
-                kind = "list" if root.kind == "list" else "text"
-                self._problem(root.line, f"the file holds a {kind}; it must hold keys, such as `state:`")
+                kind = "a list" if root.kind == "list" else "text"
+                self._problem(root.line, f"the file must contain keys such as `state:`, got {kind}")
             return StateConfig(source=self.path)
         entries = {entry.key: entry for entry in self._entries(root, "the file")}
         found = [entries[name] for name in SECTIONS if name in entries]
@@ -225,11 +225,11 @@ class Reader:
                 self._problem(entry.line, f"`{entry.key[:60]}:` is not read; did you mean `{near[0]}:`?")
 
     def _section(self, node: Node, name: str, line: int, base: _Backend | None = None) -> _Section:
-        """What stands in a section. `base` is the backend of the section that this one overrides."""
+        """The contents of a section. `base` is the backend of the section that this one overrides."""
         section = _Section(line, name, base or _DEFAULT_BACKEND)
         if node.kind != "map":
             if node.tag != "null":
-                self._problem(node.line, f"`{name}` holds keys, each in a line of its own, such as `backend: file`")
+                self._problem(node.line, f"`{name}` must contain keys, each on its own line, such as `backend: file`")
             section.values["backend"] = section.backend.name
             return section
         own = {entry.key: entry for entry in self._entries(node, f"`{name}`")}
@@ -238,7 +238,7 @@ class Reader:
             if config.value.kind == "map":
                 nested = self._entries(config.value, "`config:`")
             else:
-                self._problem(config.line, "`config` holds keys, the options of the backend")
+                self._problem(config.line, "`config` must contain keys, the options of the backend")
         handlers = own.pop("skill_overrides", None)
         section.values["backend"] = section.backend.name
         if backend := own.pop("backend", None):
@@ -248,13 +248,13 @@ class Reader:
         for entry in nested:
             if entry.key in section.lines:
                 first = section.lines[entry.key]
-                self._problem(entry.line, f"`{entry.key}` is here for the second time, after line {first}: keep one")
+                self._problem(entry.line, f"`{entry.key}` is already set in line {first}: keep one of them")
             elif entry.key in KEYS and not KEYS[entry.key].backends:
-                self._problem(entry.line, f"`{entry.key}` belongs directly under `{name}`, not into `config:`")
+                self._problem(entry.line, f"`{entry.key}` belongs directly under `{name}`, not under `config:`")
             else:
                 self._option(section, entry)
         if handlers and base is not None:
-            self._problem(handlers.line, f"`skill_overrides` has no place under `{name}`")
+            self._problem(handlers.line, f"`skill_overrides` is not allowed under `{name}`")
         elif handlers:
             self._handlers(section, handlers)
         return section
@@ -275,21 +275,21 @@ class Reader:
         if self.known is None and not near:
             return _Backend(name, by_variable=by_variable)
         meant = spellings[near[0]] if near else None
-        hint = f"did you mean `{meant}`?" if meant else f"there are {', '.join(f'`{known}`' for known in names)}"
-        shown = f"`{name[:60]}`" if name.isprintable() else "this"
-        self._problem(entry.line, f"{shown} is not the name of a backend; {hint}")
+        hint = f"did you mean `{meant}`?" if meant else f"use one of {', '.join(f'`{known}`' for known in names)}"
+        shown = f"`{name[:60]}`" if name.isprintable() else ascii(name[:60])
+        self._problem(entry.line, f"unknown backend {shown}; {hint}")
         section.values["backend"] = None
         return _Backend(meant, by_variable=by_variable)
 
     def _option(self, section: _Section, entry: _Entry) -> None:
-        """Read one key. Where the backend is not known, only keys that are known for certain can be judged."""
+        """Read one key. While the backend is not known, only keys of all backends are checked."""
         name = section.backend.name
         if entry.key in (KEYS if name is None else known_to(name)):
             self._take(section, entry)
             return
         section.lines[entry.key] = entry.line
         if name is None or (section.backend.by_variable and name in BACKENDS and entry.key in KEYS):
-            return  # the variable may name the backend that the key is for, next time
+            return  # with another value of the variable, the key may be one of the backend's
         options = None if self.known is None else self.known.get(name)
         if name in BACKENDS or (options is not None and entry.key not in options):
             where = f"`{section.name}`"
@@ -303,18 +303,18 @@ class Reader:
             for handler in self._entries(entry.value, "`skill_overrides:`"):
                 self._override(section, handler)
         elif entry.value.tag != "null":
-            self._problem(entry.line, "`skill_overrides` holds names of handlers, and under each its own keys")
+            self._problem(entry.line, "`skill_overrides` must contain names of handlers, each with keys of its own")
 
     def _override(self, section: _Section, handler: _Entry) -> None:
         if handler.key in section.overrides:
             first = section.overrides[handler.key].line
-            self._problem(handler.line, f"`{handler.key[:60]}` has its own settings in line {first} already: keep one")
+            self._problem(handler.line, f"`{handler.key[:60]}` already has settings in line {first}: keep one of them")
             return
         name = f"{handler.key[:60]}:"
         section.overrides[handler.key] = self._section(handler.value, name, handler.line, section.backend)
 
     def _agentup_overrides(self, entries: Mapping[str, _Entry], section: _Section) -> None:
-        """Take the `state_override` of each entry of AgentUp's `skills:` and `plugins:`."""
+        """Read the `state_override` of each entry of AgentUp's `skills:` and `plugins:`."""
         for list_name, id_name in AGENTUP_OVERRIDES:
             if list_name not in entries or entries[list_name].value.kind != "list":
                 continue
@@ -326,7 +326,7 @@ class Reader:
                     self._problem(override.line, f"`state_override` needs a `{id_name}:` beside it")
 
     def _check(self, section: _Section, root: Node) -> None:
-        """Report keys that contradict each other, in the section and where its overrides meet it."""
+        """Report keys that contradict each other, in the section and with its overrides applied."""
         if section.values["backend"] is None:
             return
         common = list(conflicts(section.values))
@@ -347,7 +347,7 @@ class Reader:
 
 
 def _expanded(text: str) -> tuple[str, str]:
-    """`text` with its variables replaced, and these variables as they are written. Raises ValueError."""
+    """`text` with its variables expanded, and the variables as written. Raises ValueError."""
     pieces: list[str] = []
     variables: list[str] = []
     end = 0
@@ -360,12 +360,12 @@ def _expanded(text: str) -> tuple[str, str]:
         if length > _MAX_EXPANDED:
             break
     if length > _MAX_EXPANDED:
-        raise ValueError(f"this has more than {_MAX_EXPANDED:,} characters, those of its variables included")
+        raise ValueError(f"the value has more than {_MAX_EXPANDED:,} characters after the expansion of its variables")
     return "".join([*pieces, text[end:]]), " ".join(variables)
 
 
 def _variable(inside: str, variables: list[str]) -> str:
-    """What stands for ``${inside}``, which is added to `variables`."""
+    """The value of ``${inside}``, which is added to `variables`."""
     name, colon, default = inside.partition(":")
     if not _VARIABLE_NAME.fullmatch(name):
         raise ValueError("`${` begins a variable, `${NAME}` or `${NAME:default}`; for the text itself write `$${`")
@@ -375,19 +375,19 @@ def _variable(inside: str, variables: list[str]) -> str:
     if not colon:
         raise ValueError(f"the variable {name} is not set: set it, or give it a default: `${{{name}:default}}`")
     if default.startswith("-"):
-        raise ValueError(f"the default of {name} follows the colon, without a `-`: `${{{name}:default}}`")
+        raise ValueError(f"the default of {name} must follow the colon without a `-`: `${{{name}:default}}`")
     return _expanded(default)[0]
 
 
 def _look(node: Node, name: str) -> Node | None:
-    """The value of a key in a map that is none of ours, so that nothing about it is reported."""
+    """The value of a key in a map that is not checked: nothing about it is reported."""
     if node.kind != "map":
         return None
     return next((value for key, value in node.pairs() if key.text == name), None)
 
 
 def _cache_line(root: Node) -> int | None:
-    """The line of a Valkey URL under `services:`, which people take for the one of state."""
+    """The line of a Valkey URL under `services:`, which is easily taken for the URL of the state."""
     services = _look(root, "services")
     for _, service in services.pairs() if services and services.kind == "map" else ():
         for place in (service, _look(service, "config")):

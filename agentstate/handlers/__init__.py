@@ -1,11 +1,12 @@
-"""`@stateful`: handlers that are given the state of their conversation; and handlers by name.
+"""`@stateful`: handlers with the state of their conversation; `@register_handler`: handlers by name.
 
     @register_handler("memory_assistant")
     @stateful(storage="valkey", url="valkey://localhost:6379", key_prefix="agentup:state:", ttl=3600)
     async def memory_assistant(task, context, context_id):
         history = await context.get_history(context_id, limit=5)
 
-`stateful` makes a `shape.Handler` of the function once, and a `call.Call` of each call; `tasks` reads what a task says.
+`stateful` makes one `shape.Handler` for the function, and a `call.Call` for each call. `tasks` reads the ids in a task,
+`outage` handles stores that cannot be reached.
 """
 
 from .decorator import StatefulDecorator, StatefulFunction, StatefulMethod, stateful

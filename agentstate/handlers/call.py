@@ -1,4 +1,4 @@
-"""One call of a handler: what is done before it and after it."""
+"""One call of a handler: what happens before and after it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .shape import Handler
 
 
 class Call:
-    """One call of a handler: a context manager, blocking or async, for the time that the handler runs.
+    """One call of a handler: a context manager, blocking or async, around the handler.
 
-    Entering it decides whether the store or memory is used, takes the turn, and completes `args` and `kwargs`.
+    Entering it chooses the store or memory, takes the turn, and completes `args` and `kwargs`.
     """
 
     __slots__ = ("_context", "_context_id", "_ephemeral", "_handler", "_turn", "args", "kwargs")
@@ -28,10 +28,10 @@ class Call:
         self.kwargs = kwargs
 
     def _prepare(self) -> bool:
-        """Find out whose conversation it is and where. False where the handler runs without state."""
+        """Find the context and the conversation. False if the handler runs without state."""
         handler, kwargs = self._handler, self.kwargs
         if "context" in kwargs:
-            raise TypeError(f"{handler.name}() gets its `context` from @stateful, and cannot be called with one")
+            raise TypeError(f"{handler.name}() must not be called with `context`: @stateful passes it")
         explicit = kwargs.pop("context_id", None)
         task = handler.task(self.args, kwargs)
         self.args = handler.arranged(self.args, kwargs)
@@ -68,7 +68,7 @@ class Call:
         if not self._handler.connected:
             from asyncio import to_thread
 
-            # The first call reads a file, imports a client, opens a store: the event loop need not wait for that.
+            # The first call reads the configuration file, imports a client and opens the store: not on the event loop.
             await to_thread(self._handler.connect)
         if not self._prepare():
             return self

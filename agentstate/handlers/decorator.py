@@ -23,7 +23,7 @@ S_contra = TypeVar("S_contra", contravariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
 
 SHARED_BY: Final = ("conversation", "user", "session")
-"""What `context_id` may be, other than a function: each reads ``task.metadata["<name>_id"]``."""
+"""The values of `context_id` that are not functions: each reads ``task.metadata["<name>_id"]``."""
 
 OverTask: TypeAlias = Callable[[Any], Any]
 
@@ -61,7 +61,7 @@ _WithMore: TypeAlias = Callable[Concatenate[Any, Any, Any, Any, Any, ...], R]
 
 
 class StatefulFunction(Protocol[T_contra, R_co]):
-    """A function over a task, as its callers see it. `context_id` names the conversation and overrides the task."""
+    """A function of a task, as its callers see it. `context_id` names the conversation and overrides the task."""
 
     __name__: str
 
@@ -69,7 +69,7 @@ class StatefulFunction(Protocol[T_contra, R_co]):
 
 
 class StatefulMethod(Protocol[S_contra, T_contra, R_co]):
-    """A method over a task, or a function over two arguments, as its callers see it."""
+    """A method that takes a task, or a function of two arguments, as its callers see it."""
 
     __name__: str
 
@@ -156,27 +156,27 @@ def stateful(
     on_unavailable: Literal["raise", "ephemeral"] | None = None,
     **backend_options: Any,
 ) -> Any:
-    """Give a handler the state of its conversation, as the keyword arguments `context` and `context_id`.
+    """Pass a handler the state of its conversation, as the keyword arguments `context` and `context_id`.
 
-    For functions, coroutine functions, generators and async generators, and for methods of these kinds; an `async`
-    handler gets a ConversationContext, any other a SyncConversationContext. It is given those of the two that its
-    signature names. Its own exceptions pass untouched, and it never runs twice.
+    For functions, coroutine functions, generators and async generators, and for methods of these kinds. An `async`
+    handler gets a ConversationContext, any other a SyncConversationContext. Only the arguments that its signature names
+    are passed. Its own exceptions propagate unchanged, and it never runs twice.
 
-    `storage` is the name of a storage or a StateStorage object; without it the configuration file decides, and without
-    a file it is the file storage. Options (`url`, `key_prefix`, `ttl`, `storage_dir` and all others of the storage)
+    `storage` is the name of a storage or a StateStorage object. By default the configuration file decides; without a
+    file, the file storage is used. Options (`url`, `key_prefix`, `ttl`, `storage_dir` and all others of the storage)
     override the file key by key. The file is read at the first call; with a StateStorage object it is not read.
 
-    Which conversation it is, is found in this order: the argument `context_id` of the call; this `context_id`, a
-    function over the task or one of ``"conversation"``, ``"user"``, ``"session"`` (``"user"`` gives
+    The conversation is the first of these that is set: the argument `context_id` of the call; this `context_id`, a
+    function of the task or one of ``"conversation"``, ``"user"``, ``"session"`` (``"user"`` gives
     ``"user:<value of task.metadata['user_id']>"``); ``task.context_id``; ``task.metadata["context_id"]``; ``task.id``.
-    Raises InvalidContextIdError if there is none.
+    Raises InvalidContextIdError if none is.
 
-    - `user_id`: a function over the task; the handler's context is bound to that user. Raises StateAccessError where
-      it finds nobody.
-    - `serialize_turns`: run one handler at a time per conversation, across processes and machines, inside a turn. The
-      handler's writes commit one by one, and raise TurnLostError if the turn was lost.
+    - `user_id`: a function of the task; the handler's context is bound to the user that it returns. Raises
+      StateAccessError if it returns none.
+    - `serialize_turns`: run one handler at a time per conversation, across processes and machines, inside a turn. Each
+      write of the handler is committed at once, and raises TurnLostError if the turn was lost.
     - `on_unavailable`: with ``"ephemeral"``, a call that finds the store unreachable before the handler runs gets a
-      context in memory, whose `degraded` is true, and which is forgotten with the call. None: as the file says, else
+      context in memory, whose `degraded` is true and which is discarded after the call. None: as configured, else
       ``"raise"``.
     """
     named = {"url": url, "key_prefix": key_prefix, "ttl": ttl, "storage_dir": storage_dir}
@@ -199,9 +199,9 @@ def _check(settings: Settings) -> None:
     if settings.context_id is not None and not callable(settings.context_id):
         one_of("context_id", settings.context_id, SHARED_BY)
     if settings.user_id is not None and not callable(settings.user_id):
-        raise StateConfigError(f"user_id is a function over the task, not {settings.user_id!r}")
+        raise StateConfigError(f"user_id must be a function of the task, got {settings.user_id!r}")
     if iscoroutinefunction(settings.context_id) or iscoroutinefunction(settings.user_id):
-        raise StateConfigError("context_id and user_id are plain functions over the task: they are not awaited")
+        raise StateConfigError("context_id and user_id must be plain functions of the task, got an async one")
     if settings.on_unavailable is not None:
         one_of("on_unavailable", settings.on_unavailable, ("raise", "ephemeral"))
 
@@ -214,7 +214,7 @@ def _is_handler(value: Any) -> bool:
 
 def _decorated(handler: Any, settings: Settings) -> Any:
     if not _is_handler(handler):
-        raise TypeError(f"@stateful is for functions and methods, not {handler!r}")
+        raise TypeError(f"@stateful must decorate a function or a method, got {handler!r}")
     if isinstance(handler, classmethod):
         return classmethod(_wrapped(Handler(handler.__func__, settings, Owner.FIRST)))
     if isinstance(handler, staticmethod):
@@ -223,7 +223,7 @@ def _decorated(handler: Any, settings: Settings) -> Any:
 
 
 def _wrapped(handler: Handler) -> Callable[..., Any]:
-    """The function that stands in for the handler: of the same kind, with the visible part of its signature."""
+    """The function that replaces the handler: of the same kind, with its signature without the injected arguments."""
     wrapper = _WRAPPERS[handler.kind](handler, handler.function)
     wrapper.__name__ = handler.name
     wrapper.__signature__ = handler.signature  # type: ignore[attr-defined]
@@ -255,7 +255,7 @@ def _coroutine(handler: Handler, function: Callable[..., Any]) -> Callable[..., 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         async with Call(handler, args, kwargs) as call:
             result = function(*call.args, **call.kwargs)
-            # A plain function that wraps a coroutine function may have waited for it itself.
+            # A plain function that wraps a coroutine function may have run it to its end itself.
             return await result if hasattr(result, "__await__") else result
 
     return wrapper
@@ -266,7 +266,7 @@ def _async_generator(handler: Handler, function: Callable[..., Any]) -> Callable
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         async with Call(handler, args, kwargs) as call:
             items = function(*call.args, **call.kwargs)
-            # What `yield from` would do, if there were an async one.
+            # `yield from`, which async generators do not have.
             try:
                 item = await items.__anext__()
                 while True:

@@ -17,18 +17,18 @@ class HandlerNotFoundError(StateError, LookupError):
 
 
 def register_handler(name: str) -> Callable[[F], F]:
-    """Register a handler under a name; for `get_handler`, and for `skill_overrides` of the configuration file.
+    """Register a handler under a name, for `get_handler` and for `skill_overrides` in the configuration file.
 
-    Above or below `@stateful`. Raises StateConfigError where another handler has the name; the same one again, as when
-    its module is reloaded, replaces it.
+    Works above or below `@stateful`. Raises StateConfigError if another handler has the name. Registering the same
+    handler again, as when its module is reloaded, replaces it.
     """
     if callable(name) or not name:
-        raise TypeError("a handler is registered under a name: @register_handler('memory_assistant')")
+        raise TypeError("register_handler needs a name: @register_handler('memory_assistant')")
 
     def register(handler: F) -> F:
         known = _handlers.get(name)
-        if known is not None and _home(known) != _home(handler):
-            raise StateConfigError(f"the handler name {name!r} is taken by {_home(known)}: choose another")
+        if known is not None and _place(known) != _place(handler):
+            raise StateConfigError(f"the handler name {name!r} is already used by {_place(known)}; choose another")
         _handlers[name] = handler
         return handler
 
@@ -43,9 +43,11 @@ def get_handler(name: str) -> Callable[..., Any]:
     from difflib import get_close_matches
 
     near = get_close_matches(str(name), _handlers, 1)
-    known = ", ".join(map(repr, list_handlers())) or "none; is its module imported?"
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
-    raise HandlerNotFoundError(f"there is no handler {name!r}; {hint}")
+    known = ", ".join(map(repr, list_handlers()))
+    hint = f"registered are {known}" if known else "none is registered: has its module been imported?"
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    raise HandlerNotFoundError(f"unknown handler {name!r}; {hint}")
 
 
 def list_handlers() -> list[str]:
@@ -54,14 +56,14 @@ def list_handlers() -> list[str]:
 
 
 def replace_handler(handler: Callable[..., Any], by: Callable[..., Any]) -> None:
-    """Register `by` under every name of `handler`: for a decorator that stands above `@register_handler`."""
+    """Register `by` under every name of `handler`, for a decorator above `@register_handler`."""
     for name, registered in list(_handlers.items()):
         if registered is handler:
             _handlers[name] = by
 
 
 def name_of(handler: Callable[..., Any]) -> str | None:
-    """A name that `handler` is registered under, itself or beneath other decorators."""
+    """A name that `handler` is registered under, itself or wrapped by other decorators."""
     for name, registered in list(_handlers.items()):
         inner: Any = registered
         while inner is not None:
@@ -71,7 +73,7 @@ def name_of(handler: Callable[..., Any]) -> str | None:
     return None
 
 
-def _home(handler: Any) -> str:
-    # Objects (partials, instances) have no place of their own: each is another one.
-    place = getattr(handler, "__qualname__", None) or f"{type(handler).__qualname__} object at {id(handler):#x}"
-    return f"{handler.__module__}.{place}"
+def _place(handler: Any) -> str:
+    # Objects (partials, instances) have no qualified name: each is another handler.
+    name = getattr(handler, "__qualname__", None) or f"{type(handler).__qualname__} object at {id(handler):#x}"
+    return f"{handler.__module__}.{name}"

@@ -1,4 +1,4 @@
-"""What a handler is, as far as calling it goes: its kind, what it accepts, where its task and its state are."""
+"""How a handler is called: its kind, its arguments, its task, its state and its conversation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _sharing: Final[list[weakref.ref[Handler]]] = []
 
 
 class Kind(Enum):
-    """What calling a handler gives."""
+    """What calling a handler returns."""
 
     FUNCTION = "its result"
     GENERATOR = "a generator"
@@ -53,7 +53,7 @@ class Owner(Enum):
 
 
 class Settings(NamedTuple):
-    """What the decorator was told."""
+    """The arguments of the decorator."""
 
     storage: str | StateStorage | None
     options: Mapping[str, Any]
@@ -64,14 +64,14 @@ class Settings(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """Where a handler's state is. No `context`: state management is switched off."""
+    """The context on a handler's storage; None if state management is disabled."""
 
     context: Manager | None
     ephemeral: bool
 
 
 class Handler:
-    """A handler, with what its signature and the decorator say about calling it."""
+    """A handler, with what its signature and the decorator's arguments say about calling it."""
 
     wrapper: Callable[..., Any]
 
@@ -91,7 +91,7 @@ class Handler:
         self.signature = whole.replace(parameters=visible)
         self._names = tuple(parameter.name for parameter in visible if parameter.kind in _POSITIONAL)
         self._task_index, self._task_name = self._find_task(owner)
-        # What stands behind an injected parameter cannot be given by position.
+        # Parameters behind an injected one cannot be passed by position.
         positional = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
         self._places = min((positional.index(name) for name in self.injected if name in positional), default=None)
         if isinstance(settings.context_id, str):
@@ -110,7 +110,7 @@ class Handler:
         )
 
     def _find_task(self, owner: Owner) -> tuple[int, str]:
-        """Where the task is among the positional arguments, and by what keyword it may be given instead."""
+        """The index of the task among the positional arguments, and its keyword."""
         names = self._names
         if "task" in names:
             return names.index("task"), "task"
@@ -124,15 +124,15 @@ class Handler:
         if not _stands_in_class(self.function) or ismethod(self.function):
             return Owner.FIRST if first in _OWNERS else Owner.NONE
         if first not in _OWNERS:
-            # If the instance were taken for the task, all its callers might share one conversation.
+            # If the instance were taken for the task, all calls could share one conversation.
             raise StateConfigError(
-                f"@stateful cannot tell which parameter of {self.function.__qualname__}() is the task: call it `task`"
+                f"@stateful cannot tell which parameter of {self.function.__qualname__}() is the task; name it `task`"
             )
         return Owner.FIRST
 
     @property
     def blocking(self) -> bool:
-        """Whether it gets the blocking twin."""
+        """Whether it gets a SyncConversationContext."""
         return self.kind in (Kind.FUNCTION, Kind.GENERATOR)
 
     # --- its arguments ---
@@ -144,7 +144,7 @@ class Handler:
         return kwargs.get(self._task_name)
 
     def arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments that can be given by position; the others are moved to `kwargs`."""
+        """The arguments that can be passed by position; the others are moved to `kwargs`."""
         if self._places is None or len(args) <= self._places:
             return args
         for name, value in zip(self._names[self._places :], args[self._places :], strict=False):
@@ -156,7 +156,7 @@ class Handler:
     # --- its state ---
 
     def connect(self) -> Connection:
-        """Where the state is, as decorator and file say: the same for all calls, until the storage is closed."""
+        """The context, as the decorator and the file say: the same for all calls, until the storage is closed."""
         connection = self._connection
         if connection is None or (connection.context is not None and connection.context.storage.closed):
             connection = self._connection = self._new_connection()
@@ -164,7 +164,7 @@ class Handler:
 
     @property
     def connected(self) -> bool:
-        """Whether `connect` has nothing to do, save for replacing what was closed."""
+        """Whether `connect` returns at once, unless the storage was closed."""
         return self._connection is not None
 
     def _new_connection(self) -> Connection:
@@ -182,23 +182,23 @@ class Handler:
     # --- which conversation, and whose ---
 
     def context_id(self, explicit: Any, task: Any) -> str:
-        """The conversation of a call. Raises InvalidContextIdError if there is none."""
+        """The conversation of a call. Raises InvalidContextIdError if it is not known."""
         if explicit is not None:
             return check_context_id(as_text(explicit, "the argument context_id") or "")
         for where, value in self._candidates(task):
             text = as_text(value, where)
             if text is not None:
                 return check_context_id(text)
-        given = "no task" if task is None else f"a task ({type(task).__name__}) that does not say"
+        given = "no task" if task is None else f"a task ({type(task).__name__}) without an id"
         raise InvalidContextIdError(
-            f"{self.name}() cannot know which conversation this is: it got {given}. Set task.context_id, "
-            "task.metadata['context_id'] or task.id; or call it with context_id=; or give @stateful(context_id=...)"
+            f"{self.name}() needs the id of a conversation, got {given}: set task.context_id, "
+            "task.metadata['context_id'] or task.id; or pass context_id= to the call; or use @stateful(context_id=...)"
         )
 
     def _candidates(self, task: Any) -> Iterator[tuple[str, Any]]:
         finder = self.settings.context_id
         if callable(finder):
-            yield "what context_id= found", finder(task)
+            yield "the result of context_id=", finder(task)
         elif finder is not None:
             where = f"task.metadata['{finder}_id']"
             text = as_text(metadata(task, f"{finder}_id"), where)
@@ -240,16 +240,16 @@ class Handler:
         return type(one) is type(two) and one.telemetry_attributes() == two.telemetry_attributes()
 
     def user(self, task: Any) -> str | None:
-        """The user that the call is bound to, if calls are. Raises StateAccessError if there is nobody."""
+        """The user that the call is bound to; None without `user_id`. Raises StateAccessError if it finds no user."""
         finder = self.settings.user_id
         if finder is None:
             return None
         try:
-            user = as_text(finder(task), "what user_id= found")
+            user = as_text(finder(task), "the result of user_id=")
         except InvalidContextIdError as error:
             raise StateAccessError(str(error)) from error
         if user is None:
-            raise StateAccessError(f"{self.name}() is for known users, and user_id= found nobody in the task")
+            raise StateAccessError(f"{self.name}() needs a user, but user_id= found none in the task")
         return user
 
 
@@ -260,7 +260,7 @@ def _name_of(function: Any) -> str:
 
 
 def _kind_of(function: Any) -> Kind:
-    """A plain function that wraps an asynchronous one is taken for asynchronous: that one decides which twin it is."""
+    """The kind of a handler. A plain function that wraps an async one counts as async."""
     first = function
     while function is not None:
         code = function if isroutine(function) or hasattr(function, "func") else type(function).__call__
@@ -278,7 +278,7 @@ def _signature_of(function: Callable[..., Any]) -> Signature:
     if sys.version_info >= (3, 14):
         from annotationlib import Format
 
-        # Names that were imported for type checkers only must not be looked up.
+        # Names that are imported for type checkers only cannot be resolved.
         return signature(function, annotation_format=Format.FORWARDREF)
     return signature(function)
 

@@ -1,4 +1,4 @@
-"""What a task says: which conversation it belongs to, and who asks.
+"""Reads the ids of the conversation and of the user in a task.
 
 A task may be an a2a-sdk object (from 1.0 on a protobuf message: what is not set is ``""``, and its metadata is a
 `Struct`), its JSON as a dict, or any object.
@@ -16,10 +16,10 @@ _EXACT_FLOAT: Final = 2.0**53  # beyond it, neighbouring whole numbers are the s
 
 
 def field(source: Any, name: str) -> Any:
-    """A field of a task or of its metadata, be it a mapping or an object; None if it has none."""
+    """A field of a task or of its metadata, which may be a mapping or an object; None if it is missing."""
     if not isinstance(source, Mapping):
         return getattr(source, name, None)
-    # Not get(): a protobuf Struct has none, and adds whatever it is asked for and does not have.
+    # Not get(): a protobuf Struct has no such method, and adds the keys that it is indexed with.
     if name not in source:
         return None
     try:
@@ -29,12 +29,12 @@ def field(source: Any, name: str) -> Any:
 
 
 def metadata(task: Any, name: str) -> Any:
-    """A field of the task's metadata; None if it has none."""
+    """A field of the task's metadata; None if it is missing."""
     return field(field(task, "metadata"), name)
 
 
 def as_text(value: Any, where: str) -> str | None:
-    """An id as text; None where there is none. Raises InvalidContextIdError for what might stand for several ids."""
+    """An id as text; None if it is not set. Raises InvalidContextIdError for a value that is not a definite id."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -43,8 +43,8 @@ def as_text(value: Any, where: str) -> str | None:
         # In protobuf metadata every number is a float, and a number that was never set is 0.
         if value and (isinstance(value, int) or (value.is_integer() and abs(value) < _EXACT_FLOAT)):
             return str(int(value))
-        raise InvalidContextIdError(f"{where} is {value!r}, which may stand for many: an id is text or a whole number")
+        raise InvalidContextIdError(f"{where} must be text or a whole number other than 0, got {value!r}")
     uuid = sys.modules.get("uuid")
     if uuid is not None and isinstance(value, uuid.UUID):
         return str(value)
-    raise InvalidContextIdError(f"{where} is of type {type(value).__name__}: an id is text, a whole number or a UUID")
+    raise InvalidContextIdError(f"{where} must be text, a whole number or a UUID, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What `StateStorage.statistics` returns: counts and histograms of one storage object, as plain data."""
+"""The result of `StateStorage.statistics`: counts and histograms of one storage object, as plain data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .tally import TOTAL, Tally
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values of which size came.
+    """The distribution of values.
 
-    `below` are the upper limits of the buckets, powers of two, without gaps between the smallest and the largest value
-    seen; `counts` says for each how many values were less, but not less than the limit before it. The sum of all
-    values is `total`.
+    `below` are the upper limits of the buckets: powers of two, without gaps, from the smallest to the largest value
+    seen. `counts` are the numbers of values in the buckets, that is, below the limit and not below the one before it.
+    `total` is the sum of all values.
     """
 
     below: list[int]
@@ -25,16 +25,16 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many values there were."""
+        """The number of values."""
         return sum(self.counts)
 
     @property
     def mean(self) -> float:
-        """0 where there were none."""
+        """The mean of the values; 0 without values."""
         return self.total / (self.count or 1)
 
     def quantile(self, share: float) -> int:
-        """A limit that this share of the values stays below, at most twice too high. 0 where there were none."""
+        """The quantile of this share of the values, rounded up to the limit of its bucket; 0 without values."""
         wanted = share * self.count
         seen = 0
         for limit, count in zip(self.below, self.counts, strict=True):
@@ -46,11 +46,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """What a storage keeps in memory of what is stored elsewhere.
+    """The cache of a storage.
 
-    `hits` are operations on a context that was known, `misses` contexts that had to be looked at from scratch, and
-    `evictions` contexts let go of for want of room. `size_bytes`, about, is of `limit_bytes`. `contexts` are known now,
-    and `open_files` are those of contexts.
+    `hits`: operations on a cached context. `misses`: contexts that had to be read. `evictions`: contexts removed to
+    make room. `contexts`: cached now, of about `size_bytes`, at most `limit_bytes`. `open_files`: of these contexts.
     """
 
     hits: int
@@ -64,7 +63,7 @@ class CacheStatistics:
 
 @dataclass(frozen=True)
 class ConnectionStatistics:
-    """Connections to servers: `opened` so far, `idle` and `used` now; `limit` holds for each server."""
+    """Connections to servers: `opened` so far, `idle` and `used` now. `limit` is the maximum for each server."""
 
     opened: int
     idle: int
@@ -74,17 +73,17 @@ class ConnectionStatistics:
 
 @dataclass(frozen=True)
 class StorageStatistics:
-    """What one storage object did in the last `seconds`.
+    """The activity of one storage object in the last `seconds`.
 
-    - `operations`: how many, by kind: ``query`` (a read), ``commit`` (a change), ``lease`` (of a turn), ``listing``
-    - `errors`: how many of them failed, by the name of the error's class
-    - `latency_nanoseconds`: of operations, by kind: how long the storage took, waiting in the queue not included.
-      Those that were carried out together took equally long. In memory only one call in 16 is timed.
-    - `group_sizes`: how many operations were carried out together
-    - `attempts_repeated`: operations that were tried again, because of the server or another writer
+    - `operations`: the number by kind: ``query`` (a read), ``commit`` (a change), ``lease`` (of a turn), ``listing``
+    - `errors`: the number of failed operations, by the name of the error's class
+    - `latency_nanoseconds`: the durations of operations by kind, without the time in the queue. All operations of a
+      group have the same duration. In memory, one call in 16 is timed.
+    - `group_sizes`: the numbers of operations that were executed together
+    - `attempts_repeated`: operations that were retried because of the server or another writer
     - `bytes_written`, `bytes_read`: of files and documents, or on connections to servers
     - `degraded_calls`: handlers that ran on memory instead (``on_unavailable="ephemeral"``)
-    - `cache`, `connections`: None where a storage has no such thing
+    - `cache`, `connections`: None if the storage has none
     """
 
     seconds: float
@@ -100,12 +99,12 @@ class StorageStatistics:
     connections: ConnectionStatistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it: dictionaries, lists, numbers."""
+        """All fields as JSON values: dictionaries, lists and numbers."""
         return asdict(self)
 
 
 def statistics_of(tally: Tally) -> StorageStatistics:
-    """What a tally says."""
+    """The statistics in a tally."""
     with tally.lock:
         tally.add_up()
         operations, alone = tally.operations()

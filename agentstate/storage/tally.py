@@ -1,4 +1,4 @@
-"""Counting what a storage does, so cheaply that it is always done."""
+"""Counts what a storage does, cheaply enough to be always on."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ..errors import StateError
 from ..operations import Commit, Lease, Listing, Operation, Outcome, Query
 
 TOTAL: Final = 64
-"""Where a histogram has the sum of its values. At n < 64 it has how many values took n bits, that is, were less than
-2**n and at least half of that."""
+"""The index of the sum of a histogram's values. Index n < 64 counts the values of n bits: less than 2**n, and at least
+half of that."""
 
 TIMED_ONE_IN: Final = 16
-"""Where a storage waits for nothing, a call is so short that two looks at the clock are much: so many are not timed,
-but one."""
+"""On a storage that does not block, a call is so short that reading the clock twice is expensive: one call in so many
+is timed."""
 
-_PUT_ASIDE: Final = 512
-"""So many numbers are added up at once. Appending one to a list needs no lock, and adding many up hardly a step of the
-interpreter for each: together a third of what it takes to lock, add and unlock every time."""
+_BUFFERED: Final = 512
+"""Numbers are buffered, and this many added up at once. Appending to a list needs no lock, and adding many up is done
+in C: a third of the cost of locking, adding and unlocking each time."""
 
 KINDS: Final = (Query, Commit, Lease, Listing)
 
 
 class Tally:
-    """The numbers of one storage. Thread-safe by `lock`: hold it to change or read any of them, and `add_up` first.
+    """The counters of one storage. Hold `lock` to change or read them, and call `add_up` before reading.
 
-    `alone` is the exception. An operation that is carried out by itself draws a number there, which needs no lock: a
-    lock, or numbers of each thread's own, would cost a call on the memory backend twice as much.
+    The exception is `alone`: an operation that is executed by itself draws a number there, which needs no lock. A lock,
+    or counters for each thread, would double the cost of counting a call on the memory backend.
     """
 
     def __init__(self) -> None:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Count from zero: at first, and in the child of a fork."""
+        """Reset all counters: at first, and in the child of a fork."""
         self.since = monotonic()
-        self.lock = threading.RLock()  # a signal's handler may make a call while its thread is counting another
+        self.lock = threading.RLock()  # reentrant: a signal handler may make a call while its thread counts another
         self.alone = {kind: count() for kind in KINDS}
-        self._looks = 0  # how often `operations` drew numbers that stand for no operation
+        self._looks = 0  # numbers that `operations` drew to read the counters
         self._grouped = dict.fromkeys(KINDS, 0)
         self.groups = [0] * (TOTAL + 1)  # sizes of groups of at least two
         self.latency = {kind: [0] * (TOTAL + 1) for kind in KINDS}  # nanoseconds
@@ -58,7 +58,7 @@ class Tally:
         self.degraded_calls = 0
 
     def note(self, operations: Sequence[Operation], outcomes: Sequence[Outcome | StateError], nanoseconds: int) -> None:
-        """Count operations that were carried out together, in that time."""
+        """Count a group of operations that took that time together."""
         size = len(operations)
         if size == 1:
             kind = type(operations[0])
@@ -67,7 +67,7 @@ class Tally:
             if isinstance(outcomes[0], StateError):
                 self.failed(outcomes[0])
             return
-        # Counted with what needs no step of the interpreter for each: a Counter takes longer to make than to use here.
+        # Counted by methods in C. Making a Counter would take longer.
         kinds = list(map(type, operations))
         errors = [kind for kind in set(map(type, outcomes)) if issubclass(kind, StateError)]
         with self.lock:
@@ -83,33 +83,33 @@ class Tally:
                 self.errors[error.__name__] += list(map(type, outcomes)).count(error)
 
     def took(self, kind: type[Operation], nanoseconds: int) -> None:
-        """An operation took so long."""
+        """Record the duration of an operation."""
         times = self._times[kind]
         times.append(nanoseconds)
-        if len(times) >= _PUT_ASIDE:
+        if len(times) >= _BUFFERED:
             with self.lock:
                 self.add_up()
 
     def failed(self, error: StateError) -> None:
-        """An operation ended so."""
+        """Record the error of an operation."""
         with self.lock:
             self.errors[type(error).__name__] += 1
 
     def read(self, size: int) -> None:
-        """Bytes were read."""
+        """Count bytes read."""
         with self.lock:
             self.bytes_read += size
 
     def wrote(self, size: int) -> None:
-        """Bytes were written."""
+        """Count bytes written."""
         written = self._written
         written.append(size)
-        if len(written) >= _PUT_ASIDE:
+        if len(written) >= _BUFFERED:
             with self.lock:
                 self.add_up()
 
     def add_up(self) -> None:
-        """Count what was put aside. Hold the lock."""
+        """Add the buffered numbers up. Hold the lock."""
         for kind, times in self._times.items():
             row = self.latency[kind]
             taken = _taken(times)
@@ -119,20 +119,20 @@ class Tally:
         self.bytes_written += sum(_taken(self._written))
 
     def add(self, **counts: int) -> None:
-        """Add to the numbers of these names."""
+        """Add to the counters of these names."""
         with self.lock:
             for name, count_ in counts.items():
                 setattr(self, name, getattr(self, name) + count_)
 
     def operations(self) -> tuple[dict[type[Operation], int], int]:
-        """How many there were, by kind; and how many of them were carried out by themselves. Hold the lock."""
+        """The number of operations by kind, and how many of them were executed by themselves. Hold the lock."""
         drawn = {kind: next(numbers) - self._looks for kind, numbers in self.alone.items()}
         self._looks += 1
         return {kind: drawn[kind] + self._grouped[kind] for kind in KINDS}, sum(drawn.values())
 
 
-def _taken(aside: list[int]) -> list[int]:
-    """What was in the list. What other threads append meanwhile stays for the next time."""
-    taken = aside[:]
-    del aside[: len(taken)]
+def _taken(buffer: list[int]) -> list[int]:
+    """Take the numbers out of a buffer. Those appended meanwhile by other threads stay in it."""
+    taken = buffer[:]
+    del buffer[: len(taken)]
     return taken
