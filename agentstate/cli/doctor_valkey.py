@@ -127,8 +127,6 @@ def _transport(url: str) -> Iterator[Finding]:
 def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Iterator[Finding]:
     from ..storage.valkey.risks import info_field
 
-    if info_field(replication, b"role") == b"slave":
-        yield problem("server", "this is a replica, which refuses writes", "use the url of the primary")
     connected = int(info_field(replication, b"connected_slaves") or 0)
     wanted = int(options.get("min_replicas") or 0)
     if wanted > connected:

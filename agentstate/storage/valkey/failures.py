@@ -9,7 +9,7 @@ from time import monotonic, sleep
 from typing import Final, TypeVar
 
 from ...errors import StateConfigError, StateConflictError, StateError, StateTimeoutError, StateUnavailableError
-from ..tally import Tally
+from .nodes import Servers
 from .wire import LostConnectionError, NoTimeLeftError, ServerError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def pauses() -> Iterator[float]:
         longest = min(LONGEST_PAUSE, longest * 2)
 
 
-def repeat(attempt: Callable[[], T], deadline: float, tally: Tally, context_id: str | None = None) -> T:
+def repeat(attempt: Callable[[], T], deadline: float, servers: Servers, context_id: str | None = None) -> T:
     """The result of `attempt`, made again and again until it succeeds; for what may be done twice.
 
     Raises the StateError that says why it did not succeed until the deadline.
@@ -51,12 +51,13 @@ def repeat(attempt: Callable[[], T], deadline: float, tally: Tally, context_id: 
         try:
             return attempt()
         except (LostConnectionError, ServerError) as error:
+            servers.changed(error)
             if problem is None or not isinstance(error, NoTimeLeftError):
                 problem = error
         left = deadline - monotonic()
         if left <= 0 or not passes(problem):
             raise failure(problem, context_id) from problem
-        tally.add(attempts_repeated=1)
+        servers.tally.add(attempts_repeated=1)
         sleep(min(left, pause))
     raise AssertionError("there is no end of pauses")
 

@@ -27,6 +27,9 @@ _OWN_OPTIONS: Final = {"url", "key_prefix", "layout", "max_connections", "min_re
 
 _MOST_MET: Final = 4096
 
+_LONGEST_SILENCE: Final = 2.0
+"""Seconds without an answer after which an attempt is given up; at most a third of the deadline."""
+
 
 class ValkeyStorage(StateStorage):
     """Keeps conversations in Valkey (or Redis 7.2 and its kin): one server, a sentinel's primary, or a cluster.
@@ -58,19 +61,23 @@ class ValkeyStorage(StateStorage):
         strict: bool = False,
         **options: Any,
     ) -> None:
+        # Whatever can be refused is, before there is a storage that somebody would have to close.
         check_options(options, _STORAGE_OPTIONS, _OWN_OPTIONS)
-        super().__init__(**{name: options.pop(name) for name in _STORAGE_OPTIONS & set(options)})
+        shared = {name: options.pop(name) for name in _STORAGE_OPTIONS & set(options)}
         target = read_url(url, options)
         if min_replicas:
             positive_integer("min_replicas", min_replicas)
+        limit = positive_integer("max_connections", max_connections)
         one_of("layout", layout, ("log", "document"))
+        keys = KeySpace(key_prefix)
+        super().__init__(**shared)
         self.key_prefix = key_prefix
         self._met: set[str] = set()  # contexts that exist, or did
         self._strict = strict
         self._url = target.shown
-        limit = positive_integer("max_connections", max_connections)
-        self._servers = Servers(target, limit, self._prepare, self.tally)
-        keys = KeySpace(key_prefix)
+        self._warnings: set[str] = set()  # that were logged
+        silence = min(_LONGEST_SILENCE, self.deadline / 3)
+        self._servers = Servers(target, limit, silence, self._prepare, self.tally)
         self._layout: LogLayout | ValkeyDocuments
         if layout == "log":
             self._layout = LogLayout(
@@ -146,11 +153,15 @@ class ValkeyStorage(StateStorage):
     def _after_fork(self) -> None:
         self._servers.forget()
 
-    def _prepare(self, connection: Connection, address: Address) -> None:
+    def _prepare(self, connection: Connection, address: Address) -> str:
         loaded = connection.ask(self._layout.load_script)[0]
         if isinstance(loaded, ServerError):
             raise loaded
         for risk in risks(connection, expiring=self.ttl is not None):
             if self._strict:
                 raise StateConfigError(f"Valkey at {address} may lose what it acknowledged (strict): {risk}")
-            _logger.warning("Valkey at %s may lose what it acknowledged: %s", address, risk)
+            warning = f"Valkey at {address} may lose what it acknowledged: {risk}"
+            if warning not in self._warnings:
+                self._warnings.add(warning)
+                _logger.warning(warning)
+        return self._layout.missing_permissions(connection)

@@ -56,6 +56,17 @@ def _requirement(value: Any) -> str:
     return str(value)
 
 
+def _tls_version(value: Any) -> Any:
+    from ssl import TLSVersion  # late: it takes its time to import
+
+    if isinstance(value, TLSVersion):
+        return value
+    try:
+        return TLSVersion[str(value).replace(".", "_")]
+    except KeyError:
+        raise ValueError("'TLSv1_2' or 'TLSv1_3'") from None
+
+
 def _unchanged(value: Any) -> Any:
     return value
 
@@ -76,7 +87,7 @@ _OPTIONS: Final = {
     "ssl_ca_data": _unchanged,
     "ssl_cert_reqs": _requirement,
     "ssl_check_hostname": _flag,
-    "ssl_min_version": _unchanged,
+    "ssl_min_version": _tls_version,
     "ssl_ciphers": _text,
 }
 """The connection options, each with the reader of its value."""
