@@ -34,7 +34,7 @@ def look_at_servers(storage: StateStorage, options: dict[str, Any]) -> Iterator[
     except StateError as error:
         yield problem("connection", str(error), advice_on_connecting(error))
     except (LostConnectionError, ServerError) as lost:
-        reason = failure(lost, None)
+        reason = failure(lost, None, reads=True)
         yield problem("connection", str(reason), advice_on_connecting(reason))
 
 

@@ -1,7 +1,7 @@
-"""The document layout in Valkey: one JSON text per context, exactly as AgentUp has it.
+"""The document layout in Valkey: one JSON text per context, exactly as AgentUp writes it.
 
-A write reads the text, and replaces it by a compare-and-set that the server carries out as one step. Retries need no
-more care than that: the ids of commits are in the text, so one that was applied is recognised in it.
+A write reads the text and replaces it by a compare-and-set, one atomic step on the server. Retries are safe: the text
+holds the ids of commits, so a commit that was applied is found in it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ValkeyDocuments(DocumentStorage):
         if unknown is not None:
             raise StateOutcomeUnknownError(f"sent, but not confirmed: {unknown}", context_id=context_id) from unknown
         if problem is not None:
-            raise failure(problem, context_id) from problem
+            raise failure(problem, context_id, reads=False) from problem
         raise StateTimeoutError(f"{context_id!r} kept changing until the deadline; not done", context_id=context_id)
 
     def list_documents(self, cursor: str, size: int, *, deadline: float) -> Page:

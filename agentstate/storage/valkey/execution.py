@@ -404,21 +404,23 @@ class Execution:
         """What is said of an operation that `error` ended."""
         if index in self._unknown:
             return self._outcome_unknown(index, error)
-        return failure(error, self._given[index].context_id)
+        operation = self._given[index]
+        return failure(error, operation.context_id, reads=type(operation) is Query)
 
     def _timed_out(self, index: int) -> StateError:
         problem = self._last
         if index in self._unknown:
             return self._outcome_unknown(index, problem)
-        context_id = self._given[index].context_id
         if problem is not None:
-            return failure(problem, context_id)
-        return StateTimeoutError("the deadline passed before anything was done", context_id=context_id)
+            return self._failure(index, problem)
+        return StateTimeoutError(
+            "the deadline passed before anything was done", context_id=self._given[index].context_id
+        )
 
     def _outcome_unknown(self, index: int, problem: Exception | None) -> StateError:
         operation = self._given[index]
         if type(operation) is Query:
-            return failure(problem, operation.context_id)
+            return failure(problem, operation.context_id, reads=True)
         error = StateOutcomeUnknownError(
             f"sent, but not confirmed: {problem}",
             context_id=operation.context_id,

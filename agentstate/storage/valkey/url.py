@@ -260,7 +260,7 @@ def _addresses(parts: SplitResult, kind: str) -> tuple[Address, ...]:
         one = urlsplit(f"valkey://{host}")
         # The default host is for 'valkey://'; an empty one among several is a slip of the pen.
         if not one.hostname and (host or kind != "server"):
-            raise _UnreadableError("there is a host missing")
+            raise _UnreadableError("a host is missing")
         addresses.append(Address(unquote(one.hostname or "localhost"), one.port or _DEFAULT_PORT[kind]))
     if kind == "server" and len(addresses) > 1:
         raise _UnreadableError("several hosts are written valkey+cluster:// or valkey+sentinel://")
@@ -278,5 +278,5 @@ def _path(parts: SplitResult, kind: str) -> tuple[str, int | None]:
             raise _UnreadableError("the name of the service is missing: valkey+sentinel://host:26379/service")
         service = names.pop(0)
     if len(names) > 1 or (names and not names[0].isdecimal()):
-        raise _UnreadableError("the path is the number of a database")
+        raise _UnreadableError("the path must be the number of a database")
     return service, int(names[0]) if names else None
