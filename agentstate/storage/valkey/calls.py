@@ -63,6 +63,8 @@ class Calls:
         """The operations in groups, one for each call of the script. Those of a context stay together, in order."""
         if len(indexes) <= 1:
             return [indexes] if indexes else []
+        if len({operations[index].context_id for index in indexes}) == len(indexes):
+            return [indexes[start : start + _GROUP] for start in range(0, len(indexes), _GROUP)]
         contexts: dict[str, list[int]] = {}
         for index in indexes:
             contexts.setdefault(operations[index].context_id, []).append(index)

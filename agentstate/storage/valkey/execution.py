@@ -258,11 +258,12 @@ class Execution:
         pool.offset = self._now - int(monotonic() * MICROSECONDS)
         wanted = self._calls.min_replicas
         short = wanted and (not isinstance(confirmed, int) or confirmed < wanted)
+        if not short and header[16:] == b"k" * len(group):
+            for index in group:
+                self._settle(index, b"")
+            return
         more = iter(details)
         for index, code in zip(group, header[16:].decode(), strict=True):
-            if code == "k" and not short:
-                self._settle(index, b"")
-                continue
             detail = next(more) if code in _DETAILED else None
             outcome: Outcome | StateError
             try:

@@ -71,6 +71,79 @@ local state, history, commits, lease -- its keys
 local shape, a -- its letters, and the index of its next argument
 local repeated -- whether its commit id may be remembered already
 local wrote -- whether it has changed anything
+local place, k = 5, 1 -- where it begins in ARGV and KEYS
+local codes, results = {}, { '' } -- the answer to those before it
+
+-- A commit that only appends messages, or only sets fields, of a context where nothing is unusual, as nearly all are.
+-- Returns nothing, and has changed nothing, if it is another one: then `commit` decides.
+local function commit_plainly()
+  local letters, count = sub(shape, 4), tonumber(args[a + 2])
+  if (letters ~= 'CA' and letters ~= 'CS') or earlier > 0 or late then
+    return
+  end
+  local stored = attempt('HMGET', state, 'id', 'format', 'updated', 'rev', 'start', 'end', 'exp', 'guard')
+  local revision, first, last = tonumber(stored[4]), tonumber(stored[5]), tonumber(stored[6])
+  if stored[1] ~= args[a] or stored[2] ~= FORMAT or not (revision and first and last) or count == 0 or count > 1000
+    or (stored[3] or '~') >= now_text or (ttl == 0 and stored[7] ~= '') or (tonumber(stored[8]) or now) >= now
+    or (revision + 1) % REMEMBERED == 0 or attempt('LLEN', history) ~= last - first then
+    return
+  end
+  call('RPUSH', commits, args[a + 1])
+  wrote = true
+  if letters == 'CA' then
+    call('RPUSH', history, unpack(args, a + 3, a + 2 + count))
+    call('HSET', state, 'updated', now_text, 'rev', revision + 1, 'end', last + count)
+  else -- S
+    call('HSET', state, 'updated', now_text, 'rev', revision + 1, unpack(args, a + 3, a + 2 + 2 * count))
+  end
+  if ttl > 0 then
+    local expire = math.floor((now + ttl + 999) / 1000)
+    call('HSET', state, 'exp', format('%.0f', now + ttl))
+    call('PEXPIREAT', state, expire)
+    call('PEXPIREAT', history, expire)
+    call('PEXPIREAT', commits, max(expire, math.floor(now / 1000) + REMEMBER_CLEARED))
+  end
+  return 'k'
+end
+
+-- Plain commits at the beginning come before the functions that they do not need are made. Making those takes a lone call
+-- as long as its commands.
+local fine, code
+while place <= #args do
+  shape, a = args[place], place + 1
+  state, history, commits, wrote = keys[k], keys[k + 1], keys[k + 2], false
+  fine, code = pcall(commit_plainly)
+  if not (fine and code) then
+    break
+  end
+  codes[#codes + 1] = code
+  local high, middle, low = byte(shape, 1, 3)
+  place, k = place + 1 + high * 65536 + middle * 256 + low, k + 3
+end
+
+if place <= #args then -- the rest of this file, for operations of other kinds
+
+-- Adds the code of the operation at hand, and goes on to the next one. `fine`: whether it raised no error.
+local function answer(fine, code, detail)
+  if not fine then
+    code, detail = wrote and 'E' or 'e', type(code) == 'table' and code.err or tostring(code)
+  end
+  codes[#codes + 1] = code
+  if detail then
+    results[#results + 1] = detail
+  end
+  local high, middle, low, kind = byte(shape, 1, 4)
+  place = place + 1 + high * 65536 + middle * 256 + low
+  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
+  return code
+end
+
+local function expire_at(time)
+  local milliseconds = math.floor((time + 999) / 1000)
+  call('PEXPIREAT', state, milliseconds)
+  call('PEXPIREAT', history, milliseconds)
+  call('PEXPIREAT', commits, max(milliseconds, math.floor(now / 1000) + REMEMBER_CLEARED))
+end
 
 -- Every call of the script makes its functions anew, which takes time. Those that most calls do not need are made when
 -- the first of them is needed.
@@ -130,13 +203,6 @@ local function rare()
     for first = 1, #items, 1000 do -- Lua's stack is small
       call(command, key, unpack(items, first, min(first + 999, #items)))
     end
-  end
-
-  function made.expire_at(time)
-    local milliseconds = floor((time + 999) / 1000)
-    call('PEXPIREAT', state, milliseconds)
-    call('PEXPIREAT', history, milliseconds)
-    call('PEXPIREAT', commits, max(milliseconds, floor(now / 1000) + REMEMBER_CLEARED))
   end
 
   -- The name that format 1 gave to a key. It may be outside of what the user of this connection may access.
@@ -615,7 +681,7 @@ local function commit()
     rare().in_thousands('HDEL', state, gone)
   end
   if expire then
-    rare().expire_at(expire)
+    expire_at(expire)
   elseif expires ~= '' or newest then
     call('PERSIST', state)
     call('PERSIST', history)
@@ -744,7 +810,7 @@ local function convert()
     rare().in_thousands('HSET', state, fields)
     rare().in_thousands('RPUSH', history, messages)
     if expires then
-      rare().expire_at(expires)
+      expire_at(expires)
     else
       call('PERSIST', commits)
     end
@@ -786,18 +852,23 @@ local function turn()
   return 't'
 end
 
-local codes, results = {}, { '' }
+if wrote and not fine then
+  answer(fine, code)
+end
 local unfinished = {} -- contexts with an operation that will be sent again: those behind it have to wait
-local place, k = 5, 1
 while place <= #args do
   shape, a = args[place], place + 1
-  local high, middle, low, kind = byte(shape, 1, 4)
+  local kind = byte(shape, 4)
   state, history, commits, lease = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
   repeated, wrote = true, false
-  local fine, code, detail = true, 'z', nil
+  local detail
+  fine, code = true, 'z'
   if not unfinished[state] then
     if kind == 67 or kind == 70 then -- C, F
-      fine, code, detail = pcall(commit)
+      fine, code = pcall(commit_plainly)
+      if fine and not code then
+        fine, code, detail = pcall(commit)
+      end
     elseif kind == 81 then -- Q
       fine, code, detail = pcall(query)
     elseif kind == 76 then -- L
@@ -806,18 +877,11 @@ while place <= #args do
       fine, code, detail = pcall(convert)
     end
   end
-  if not fine then
-    code, detail = wrote and 'E' or 'e', type(code) == 'table' and code.err or tostring(code)
-  end
-  if string.find('deLuz', code, 1, true) then
+  if string.find('deLuz', answer(fine, code, detail), 1, true) then
     unfinished[state] = true
   end
-  codes[#codes + 1] = code
-  if detail then
-    results[#results + 1] = detail
-  end
-  place = place + 1 + high * 65536 + middle * 256 + low
-  k = k + ((kind == 67 or kind == 81 or kind == 68) and 3 or 4)
+end
+
 end
 results[1] = now_text .. table.concat(codes)
 return results[2] and results or results[1]

@@ -89,11 +89,47 @@ def pack(operation: OnContext, context_id: bytes, arguments: list[bytes]) -> boo
 
     `context_id` is packed. Every element that is added is one argument.
     """
+    if type(operation) is Commit and operation.fresh and len(operation.changes) == 1 and _pack_plainly(
+        operation, context_id, arguments
+    ):
+        return False
     place = len(arguments)
     arguments += (b"", context_id)
     shape = _KINDS[type(operation)](operation, arguments)
     arguments[place] = _packed_shape(len(arguments) - place - 1, shape)
     return shape[0] in b"FGL"
+
+
+def _pack_plainly(commit: Commit, context_id: bytes, arguments: list[bytes]) -> bool:
+    """`pack` for a commit that appends one message or sets one key without any condition: a third of the time.
+
+    False, and nothing is added, for other commits.
+    """
+    _, (change,), commit_id, user, fence, absent, idle_for, expect, answer, _, _ = commit
+    if user is not None or fence is not None or absent or idle_for is not None or expect is not None or answer:
+        return False
+    if type(change) is Append and len(change.messages) == 1:
+        (message,) = change.messages
+        arguments += (
+            b"$5\r\n\0\0\4CA\r\n",
+            context_id,
+            b"$%d\r\n%b\r\n" % (len(commit_id), commit_id.encode()),
+            b"$1\r\n1\r\n",
+            b"$%d\r\n%b\r\n" % (len(message), message),
+        )
+        return True
+    if type(change) is Put and len(change.items) == 1 and not change.replace:
+        ((key, value),) = change.items
+        arguments += (
+            b"$5\r\n\0\0\5CS\r\n",
+            context_id,
+            b"$%d\r\n%b\r\n" % (len(commit_id), commit_id.encode()),
+            b"$1\r\n1\r\n",
+            _variable(key) if change.space is Space.VARIABLES else _metadata(key),
+            b"$%d\r\n%b\r\n" % (len(value), value),
+        )
+        return True
+    return False
 
 
 @lru_cache(256)  # there are only a few

@@ -8,8 +8,10 @@ own.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterable
 from math import inf
+from struct import Struct, calcsize
 from time import monotonic
 from typing import Any, Final
 
@@ -117,7 +119,7 @@ class Connection:
             raise LostConnectionError("no answer before the deadline")
         if not 0.99 * left <= self._timeout <= left:
             self._timeout = 0.995 * left  # a little less, which is right for the next call too
-            self._sock.settimeout(self._timeout)
+            _set_timeout(self._sock, self._timeout)
 
 
 class Reader:
@@ -173,6 +175,24 @@ class Reader:
         return taken
 
 
+def _set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let every call on the socket wait for so long at most.
+
+    With the kernel's own timeouts where possible: with Python's, each call is preceded by a system call that waits.
+    """
+    if _TIMEVAL is None or type(sock) is not socket.socket:  # under TLS they would look like other errors
+        sock.settimeout(seconds)
+        return
+    sock.settimeout(None)
+    whole = int(seconds)
+    value = _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1_000_000)))  # all zero would mean no timeout
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+_TIMEVAL: Final = Struct("@ll") if sys.platform == "linux" and calcsize("P") == 8 else None
+
+
 def _reader_factory() -> Callable[[], Any]:
     try:
         from libvalkey import Reader as QuickReader
@@ -190,7 +210,7 @@ _new_reader: Callable[[], Any] = _reader_factory()
 
 
 def _reason(error: OSError, doing: str) -> str:
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | BlockingIOError):  # of Python's timeout, of the kernel's
         return "no answer in time"
     return f"{error.strerror or type(error).__name__} while {doing}"
 
