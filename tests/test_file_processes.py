@@ -298,3 +298,45 @@ def test_many_short_processes_leave_nothing_behind(tmp_path: Path, python: Start
     assert logs(tmp_path) == {"alice.jsonl"}
     assert len(lines(tmp_path / "alice.jsonl")) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"alice.jsonl", ".locks", ".leases"}
+
+
+@pytest.mark.parametrize("slow", ["filelock", "agentstate.storage.documentformat"])
+def test_a_fork_while_another_thread_makes_the_first_write_leaves_no_child_waiting(
+    tmp_path: Path, slow: str, python: Start
+) -> None:
+    (tmp_path / "agentup.json").write_text(
+        '{"context_id":"agentup","created_at":"2026-01-01T00:00:00","updated_at":"2026-01-01T00:00:00","history":[]}'
+    )
+    process = python(
+        """
+        import importlib.abc, signal, threading
+        importing, go_on = threading.Event(), threading.Event()
+
+        class Slow(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == sys.argv[2] and threading.current_thread() is not threading.main_thread():
+                    importing.set()
+                    go_on.wait(30)
+
+        sys.modules.pop(sys.argv[2], None)
+        sys.meta_path.insert(0, Slow())
+        storage = FileStorage(sys.argv[1])
+        thread = threading.Thread(target=storage.call, args=(append("agentup", "parent"),))
+        thread.start()
+        assert importing.wait(30)
+        threading.Timer(0.3, go_on.set).start()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            FileStorage(sys.argv[1]).call(append("agentup", "child"))
+            os._exit(0)
+        go_on.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        print(sorted(texts(storage, "agentup")), flush=True)
+        storage.close()
+        """,
+        tmp_path,
+        slow,
+    )
+    assert finish(process) == ["['child', 'parent']\n"]

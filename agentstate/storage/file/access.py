@@ -33,7 +33,7 @@ class Access:
         """Create the folder and take the lock on the store. Raises StateUnavailableError."""
         if self.is_open:
             return
-        native_locks()  # imported before a lock is held: the child of a fork could wait for an import for ever
+        native_locks()  # imported before a lock is held, since it takes long
         with self._opening:
             if not self.is_open:
                 self.folder.prepare()

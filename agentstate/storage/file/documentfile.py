@@ -9,6 +9,7 @@ from ...errors import StateCorruptedError
 from ...keys import document_stem, file_stem
 from .filesystem import READ, unavailable
 from .folder import Folder
+from .lateimports import importing
 
 DOCUMENT: Final = ".json"
 LOG: Final = ".jsonl"
@@ -48,7 +49,8 @@ def context_of_document(folder: Folder, stem: str) -> str | None:
     try:
         if document_stem(stem) == stem:
             return stem
-        from ..documentformat import document_id
+        with importing:
+            from ..documentformat import document_id
 
         data = read_document_file(folder, stem, None)
         context_id = None if data is None else document_id(data)

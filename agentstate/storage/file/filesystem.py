@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, Final, TypeAlias
 
 from ...errors import StateUnavailableError
+from .lateimports import importing
 
 _ABSENT_ON_WINDOWS: Final = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")
 _ALWAYS: Final = sum(getattr(os, name, 0) for name in _ABSENT_ON_WINDOWS) | getattr(os, "O_BINARY", 0)
@@ -121,7 +122,8 @@ def name_as_text(name: str) -> str:
 
 @cache
 def _libc() -> tuple[Any, Callable[[], int]]:
-    import ctypes  # late: only who flushes many files at once needs it
+    with importing:
+        import ctypes  # only used to flush many files at once
 
     return ctypes.CDLL(None, use_errno=True), ctypes.get_errno
 

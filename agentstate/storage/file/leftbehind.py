@@ -15,6 +15,7 @@ from ...keys import document_stem
 from .documentfile import DOCUMENT, read_document_file
 from .filesystem import unavailable
 from .folder import Folder
+from .lateimports import importing
 
 if TYPE_CHECKING:
     from ..documentformat import Document
@@ -39,7 +40,8 @@ class LeftDocument:
         data = read_document_file(self.folder, self.stem, self.context_id)
         if data is None:
             return None
-        from ..documentformat import parse_document  # late: there is seldom a document
+        with importing:
+            from ..documentformat import parse_document  # there is seldom a document
 
         return parse_document(data, self.context_id), _name(data)
 
@@ -88,6 +90,7 @@ class LeftDocument:
 
 
 def _name(data: bytes) -> list[Any]:
-    from hashlib import sha256  # late: it loads OpenSSL
+    with importing:
+        from hashlib import sha256  # loads OpenSSL
 
     return [len(data), sha256(data).hexdigest()]

@@ -29,6 +29,7 @@ from ...errors import StateConflictError, StateError, StateTimeoutError
 from ...operations import NEVER
 from .filesystem import UPDATE, open_for, unavailable
 from .folder import Folder
+from .lateimports import importing
 
 STRIPES: Final = 64
 
@@ -45,7 +46,8 @@ def native_locks() -> tuple[Any, Any]:
     """filelock's functions, imported late: it takes some 30 ms, and a process that only reads never needs it."""
     global _functions
     if _functions is None:
-        from filelock import lock_descriptor, unlock_descriptor
+        with importing:
+            from filelock import lock_descriptor, unlock_descriptor
 
         _functions = lock_descriptor, unlock_descriptor
     return _functions
