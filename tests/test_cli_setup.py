@@ -114,7 +114,7 @@ def test_validate_reports_what_is_not_installed(tmp_path: Path) -> None:
     )
     ran = run("validate", cwd=tmp_path)
     assert ran.code == exits.PROBLEM
-    assert [line.partition(" (")[0] for line in ran.out.splitlines()] == [
+    assert [line.partition("; ")[0] for line in ran.out.splitlines()] == [
         "agent_config.yaml: unknown storage 'cassandra'", "agent_config.yaml: unknown storage 'dynamo'",
     ]  # fmt: skip
     document = run("validate", "--json", cwd=tmp_path)

@@ -197,7 +197,7 @@ def test_a_damaged_document_is_not_repaired(tmp_path: Path) -> None:
     (tmp_path / "conversation_states" / "broken.json").write_text('{"context_id": "broken", "hist')
     ran = run("verify", "--repair", cwd=tmp_path)
     assert ran.code == exits.CORRUPTED
-    assert "broken.json by hand" in ran.err
+    assert "repair it by hand" in ran.err
     assert (tmp_path / "conversation_states" / "broken.json").read_text() == '{"context_id": "broken", "hist'
 
 

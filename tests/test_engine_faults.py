@@ -28,6 +28,7 @@ from agentstate import (
 )
 from agentstate.engine import engine_of, queue
 from agentstate.operations import Operation, Query
+from agentstate.storage import tally
 from agentstate.storage.base import Settle
 
 
@@ -105,14 +106,19 @@ def on_signal() -> Iterator[Callable[[Callable[[], object]], list[Any]]]:
     signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.fixture(params=["file", "exclusive", "documents", "valkey", "valkey documents"])
-def waiting_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateStorage]:
-    """A storage of each kind that blocks."""
+@pytest.fixture(params=["memory", "file", "exclusive", "documents", "valkey", "valkey documents"])
+def each_storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StateStorage]:
+    """A storage of each kind, which counts what it does at once and not later for many calls."""
+    monkeypatch.setattr(tally, "_PUT_ASIDE", 1)
     storage: StateStorage
     if request.param.startswith("valkey"):
         server = request.getfixturevalue("valkey_9")
         prefix = request.getfixturevalue("key_prefix")
         storage = ValkeyStorage(server.url, key_prefix=prefix, layout="document" if "doc" in request.param else "log")
+    elif request.param == "memory":
+        storage = InMemoryStorage()
     else:
         storage = FileStorage(
             tmp_path,
@@ -124,10 +130,10 @@ def waiting_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 
 def test_a_signal_handler_that_calls_the_storage_never_waits_for_the_code_that_it_interrupted(
-    waiting_storage: StateStorage, on_signal: Callable[[Callable[[], object]], list[Any]]
+    each_storage: StateStorage, on_signal: Callable[[Callable[[], object]], list[Any]]
 ) -> None:
     """At every line of a call: it works, or is a StateConflictError at once."""
-    context = SyncConversationContext(waiting_storage)
+    context = SyncConversationContext(each_storage)
     context.set_variable("a", "k", 0)
     seen = on_signal(lambda: context.increment_variable("a", "signals"))
     interrupted = True

@@ -492,16 +492,18 @@ def test_a_history_that_claims_to_be_endless_costs_no_memory() -> None:
 
 
 BOMBS = {
-    "lists": b'{"context_id":"bomb","variables":{"x":[' + b"[]," * 2**24 + b"[]]}}",
-    "objects": b'{"context_id":"bomb","history":[' + b"{}," * 2**24 + b"{}]}",
-    "text": b'{"context_id":"bomb","variables":{"x":"' + b"a" * 2**27 + b'"}}',
+    "lists": (b'{"context_id":"bomb","variables":{"x":[', b"[],", 2**24, b"[]]}}"),
+    "objects": (b'{"context_id":"bomb","history":[', b"{},", 2**24, b"{}]}"),
+    "text": (b'{"context_id":"bomb","variables":{"x":"', b"a", 2**27, b'"}}'),
 }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_archive_cannot_take_much_memory(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "bomb.gz").write_bytes(gzip.compress(joined(HEADER) + BOMBS[kind] + b"\n" + joined(ALICE), 1))
+    begin, repeated, times, end = BOMBS[kind]
+    bomb = begin + repeated * times + end
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(joined(HEADER) + bomb + b"\n" + joined(ALICE), 1))
     program = (
         "import gzip, resource, sys\n"
         "from agentstate import InMemoryStorage\n"

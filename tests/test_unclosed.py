@@ -24,7 +24,10 @@ from agentstate import (
 )
 from agentstate.engine import engine_of
 
-pytestmark = pytest.mark.filterwarnings("always:unclosed .*Storage:ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("always:unclosed .*Storage:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning"),
+]
 
 
 @pytest.fixture(params=["file", "documents", "valkey", "valkey documents"])

@@ -1,45 +1,58 @@
-r"""The log format of a context's file: what its lines say, and what may be wrong with them. No input or output here.
+r"""The format of a log file. No input or output here.
 
-A log is JSON Lines. Each line ends in its seal, ``,"crc":"89abcdef"}`` and a newline: the CRC-32 of all bytes of the
-line before it, begun with the CRC-32 of the context's id plus the offset of the line (so a line in another file, or at
-another place, is noticed). Fields stand in the order given here; what says nothing is left out. Times are microseconds
-since 1970.
+A log is JSON Lines. Each line ends in its *seal*, ``,"crc":"89abcdef"}``, and a newline. The seal is a CRC-32 (8
+lower-case hexadecimal digits) of all bytes of the line before it; its start value is the CRC-32 of the context id plus
+the offset of the line, modulo 2**32. So a line of another file, or at another place, does not match. Fields have the
+order given here; a field without a value is left out. Times are microseconds since 1970. A message is an object; its
+*position* is its number since the context was created. There are four kinds of lines:
 
-``{"agentstate":1,"id":...}``
-    The header, the first line. `adopted` says which document the log was made from: its size and SHA-256.
+Header, ``{"agentstate":1,"id":...}``
+    The first line. ``agentstate`` is the format version, ``id`` the context id. ``adopted``: size and SHA-256 of the
+    document that the log was converted from. A file with a larger version is refused, and never repaired.
 
-``{"rev":7,"at":...,"id":"<commit id>",...,"add":[<messages>]}``
-    One commit, resolved: what came of it, not what was asked for. `rev` is the context's revision after it, `at` its
-    `updated`. Further fields: `flushed`; `expires`; `start` and `keep` (of the messages before, those at positions
-    start <= p < keep stay; said where it changes something); `created` (the commit that made the context, after
-    which nothing is left of what was before); `owner`; `answer` (the commit's, where it has one; or
-    `unkept`, where it is too large to be kept); `replaces` (which
-    of "set" and "meta" name all that is left); `set`, `unset`, `meta`, `unmeta` (variables and metadata); `count`
-    (how many messages, where it is not one).
+Record, ``{"rev":7,"at":...,"id":...}``
+    The result of one commit.
 
-``{"checkpoint":7,...}``
-    All that the lines before it led to, but for the messages: so that a reader needs no more than the last one and
-    what follows it. 0 stands for a context that does not exist (any more); `forget` says from when on its commit ids
-    need not be remembered. `begun`: where the write began that it was a part of, if that is not `flushed`. `commits`:
-    the last commit ids, as what all of them begin with, and how each goes on; `answers` of them, and which have
-    `unkept` ones. `live`: about how many bytes the messages
-    take up. `base`: how large the file was when it was written as a whole. `runs`: where the messages since the
-    previous such list are, each ``[first position, count, offset, size]``; `older`: ``[offset, size]`` of the line
-    with the previous list.
+    - ``rev``, ``at``, ``id``: the revision and `updated` of the context after the commit; the commit id
+    - ``flushed``: see below
+    - ``expires``: when the context expires
+    - ``start``, ``keep``: of the earlier messages, those at positions start <= p < keep remain
+    - ``created``: the commit created the context: nothing before it remains, except for commit ids
+    - ``owner``: the new owner
+    - ``answer``: the answer of the commit; or ``unkept``: true, if it is too long to be kept
+    - ``replaces``: a list of "set" and "meta": all keys of this space that are not named are removed
+    - ``set``, ``unset``, ``meta``, ``unmeta``: variables and metadata that are set (an object) or removed (a list)
+    - ``count``, ``add``: the messages that are appended, and their number unless it is 1
 
-``{"history":0,"count":9,"add":[...]}``, ``{"index":[<runs>],"older":...}``
-    Messages from this position on (what was there before is dropped), and lists of runs. They count once a
-    commit's line or a checkpoint follows. So a commit with many messages is written, whose own line has none; and a
-    file that is written as a whole, where a checkpoint follows. Without that line they are a torn end.
+Checkpoint, ``{"checkpoint":7,"at":...}``
+    The state after all lines before it, except for the messages: a reader needs the last checkpoint and the lines after
+    it. ``checkpoint`` is the revision; 0 if the context does not exist.
 
-`flushed` tells, in lines that were written while bytes before them might not be on disk yet, up to where the file was
-flushed; lines of history say it wherever the file is not written as a whole. No process acknowledges a line before it
-is flushed (with fsync "always"), and writes only once what is before it is flushed, so it is seldom there.
+    - ``flushed``: see below; ``begun``: the offset at which the write began that includes this line, if it differs
+    - ``forget``: of a context that does not exist: when its commit ids may be forgotten
+    - ``expires``, ``created``, ``start``, ``end``, ``owner``, ``variables``, ``metadata``: the state; the history is
+      the positions start <= p < end
+    - ``commits``: the last commit ids: their common prefix, then the rest of each
+    - ``answers``, ``unkept``: answers by commit id, and the ids whose answers were too long to be kept
+    - ``live``, ``base``: the approximate size of all messages, and the size of the file when it was last rewritten
+    - ``runs``: where the messages are that were appended since the previous list of runs, each run as
+      ``[first position, count, offset, size]`` of consecutive lines; ``older``: offset and size of the line with the
+      previous list
 
-What a crash can do to the end of a log is *torn*: a fragment without newline, or a region in which blocks of NULs
-stand for what never reached the disk. Nothing in it was acknowledged, readers ignore it, and the next one who writes
-cuts it off. Anything else that does not fit is damage. One flipped bit always is: it breaks a seal, or it hits the
-last newline, and then a complete line is followed by a byte that is neither newline nor NUL.
+History, ``{"history":0,"count":9,"add":[...]}``, and index, ``{"index":[<runs>],"older":[...]}``
+    Messages from the position ``history`` on (later ones are removed), and runs as in a checkpoint. They take effect
+    with the next record or checkpoint. The messages of a large commit are written so, before its record; and all
+    messages of a file that is rewritten, before its checkpoint.
+
+``flushed`` is in lines that were written when bytes before them were possibly not on disk: the offset up to which the
+file was flushed. History lines before a record always have it. With fsync "always", a line is acknowledged only when it
+is flushed, and nothing is written before everything earlier is flushed, so it is rare.
+
+A crash can leave the end of a log *torn*: a fragment without newline, a region in which blocks of NUL bytes stand for
+data that never reached the disk, or history lines without a record. Nothing in it was acknowledged. Readers ignore it,
+and the next writer cuts it off. Anything else that does not match is damage. A single flipped bit always is damage: it
+breaks a seal, or it hits the last newline, and then a complete line is followed by a byte that is neither a newline nor
+NUL.
 """
 
 from __future__ import annotations
@@ -67,7 +80,7 @@ CHECKPOINT_START: Final = b'\n{"checkpoint":'
 
 
 class Damage(Exception):
-    """A log does not say what a log says, from this offset on."""
+    """The content is not that of a log, from this offset on."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"{reason}, at byte {offset:,}")
@@ -83,18 +96,18 @@ class NewerVersion(Damage):
 
 
 def seed_of(context_id: str) -> int:
-    """What the checksums of a context's log begin with."""
+    """The start value of the checksums of a context's log, at offset 0."""
     return crc32(context_id.encode())
 
 
 def seal_body(body: bytes, seed: int, offset: int) -> tuple[bytes, bytes]:
-    """The line, newline included, that begins with `body` (an object without its closing brace); and its seal."""
+    """The line of `body` (an object without its closing brace), with its newline; and its seal."""
     seal = b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)
     return b"%b%b\n" % (body, seal), seal
 
 
 def is_sealed(line: bytes, seed: int, offset: int) -> bool:
-    """Whether a line, without its newline, is what was written at `offset`."""
+    """Whether the checksum of a line (without its newline) at `offset` is right."""
     body = line[:-SEAL_SIZE]
     return line[-SEAL_SIZE:] == b',"crc":"%08x"}' % crc32(body, (seed + offset) & 0xFFFFFFFF)
 
@@ -104,7 +117,7 @@ _HOLE = re.compile(rb"\0\0+")
 
 
 def is_torn(region: bytes, seed: int, offset: int) -> bool:
-    """Whether the end of a file, from a line on that is not sealed, is what a crash leaves behind.
+    """Whether the end of a file, from a line on whose checksum is wrong, is what a crash leaves behind.
 
     Torn is what no acknowledged commit can be in. A complete line in it shows that something else happened, unless
     it was written before what is missing was flushed.
@@ -119,7 +132,7 @@ def is_torn(region: bytes, seed: int, offset: int) -> bool:
         elif not _HOLE.search(line) and not line.startswith(b"\0"):  # no single flipped bit makes a NUL of "{"
             return False
         position += len(line) + 1
-    # A line whose newline is damaged: complete, and followed by a byte that is neither nothing nor a missing one.
+    # A line whose newline is damaged: it is complete, and followed by a byte other than NUL.
     text = fragment.lstrip(b"\0")
     position += len(fragment) - len(text)
     complete = (end for end in seal_ends(text) if is_sealed(text[:end], seed, position))
@@ -127,12 +140,12 @@ def is_torn(region: bytes, seed: int, offset: int) -> bool:
 
 
 def seal_ends(text: bytes) -> Iterator[int]:
-    """Where something that looks like a seal ends."""
+    """The positions at which something that looks like a seal ends."""
     return (seal.end() for seal in _SEAL.finditer(text))
 
 
 def _flushed_before(line: bytes) -> float:
-    """Up to where a file was flushed when a sealed line was written to it; a line that does not say is the answer."""
+    """The value of `flushed` of a line; infinite where it has none."""
     try:
         return float(fields(line).get("flushed", inf))
     except ValueError:
@@ -143,15 +156,15 @@ _BEGINNING = re.compile(rb'\{"checkpoint":\d+,"at":\d+,(?:"flushed":(\d+),)?(?:"
 
 
 def begin_of_write(checkpoint: bytes, offset: int) -> int:
-    """Where the write began that the checkpoint at `offset` was a part of."""
+    """The offset at which the write began that included the checkpoint at `offset`."""
     match = _BEGINNING.match(checkpoint)
     return offset if match is None else int(match[2] or match[1] or offset)
 
 
 # --- reading lines --------------------------------------------------------------------------------------------------
 
-# The usual line: one message is added, and nothing else happens. Groups: revision, time, commit id, expiry, first
-# position; and of the whole line the message and the checksum. (Ids with spaces or escapes are for the thorough way.)
+# The most frequent line: a record that appends one message. Groups: revision, time, commit id, expiry, first position;
+# and of the whole line the message and the checksum. (Ids with spaces or escapes are left to `fields`.)
 _APPEND_START: Final = (
     rb'\{"rev":(\d+),"at":(\d+),"id":"([^"\\ ]*)",(?:"flushed":\d+,)?(?:"expires":(\d+),)?(?:"start":(\d+),)?"add":\['
 )
@@ -159,7 +172,7 @@ APPEND_LINE: Final = re.compile(_APPEND_START + rb'(.*)\],"crc":"([0-9a-f]{8})"\
 
 
 class _Numerals(json.JSONDecoder):
-    """Finds where values end. Numbers stay text: no time lost on them, and no limit on their digits."""
+    """Finds the ends of values. Numbers stay text, which is faster and has no limit of digits."""
 
     def __init__(self) -> None:
         super().__init__(parse_float=str, parse_int=str, parse_constant=str)
@@ -173,7 +186,7 @@ _skip = _json[1].make_scanner(_Numerals())
 
 
 def fields(line: bytes) -> dict[str, Any]:
-    """What a sealed line says. Stored values stay the texts that they are. Raises ValueError."""
+    """The fields of a line whose checksum is right. Stored values stay JSON text. Raises ValueError."""
     text = line.decode()
     result: dict[str, Any] = {}
     position = 0
@@ -233,11 +246,11 @@ _read_field: Final[dict[str, Callable[[str, int], tuple[Any, int]]]] = {
     "commits": _ids,
     **dict.fromkeys(("set", "meta", "variables", "metadata", "answers"), _texts_of_object),
 }
-"""How the values are read that stay texts."""
+"""How fields are parsed whose values stay text."""
 
 
 def messages_of(line: bytes) -> list[bytes]:
-    """The messages that a sealed line adds. Raises Damage."""
+    """The messages in a line whose checksum is right. Raises Damage."""
     try:
         added: list[bytes] = fields(line).get("add", [])
     except ValueError as error:
@@ -246,7 +259,7 @@ def messages_of(line: bytes) -> list[bytes]:
 
 
 def read_header(data: bytes, seed: int) -> dict[str, Any]:
-    """What the header of a log that begins with `data` says. Raises NewerVersion, Damage."""
+    """The fields of the header of a log that begins with `data`. Raises NewerVersion, Damage."""
     line, newline, _ = data.partition(b"\n")
     check_version(line, seed)
     if not newline or not is_sealed(line, seed, 0):
@@ -264,7 +277,7 @@ _VERSION_OF_HEADER = re.compile(rb'\{"agentstate":(\d+)')
 
 
 def check_version(header_line: bytes, seed: int) -> None:
-    """Raise NewerVersion where the header of a log says that a newer agentstate wrote it, in whatever format.
+    """Raise NewerVersion if the header of a log has a larger version, whatever its seal looks like.
 
     A header that would be sealed if it said the known version is damaged.
     """
@@ -289,7 +302,7 @@ def text(value: Any) -> bytes:
 
 
 def ids_text(ids: list[str]) -> bytes:
-    """Commit ids as a list of what all of them begin with, and how each goes on."""
+    """Commit ids as a list of their common prefix and the rest of each."""
     if ids:
         # What the first and the last have in common (ids that are counted: all but the last digits) mostly is what all
         # have. Then none has to be looked at by itself, which would be two thirds of the time of a checkpoint.
@@ -307,7 +320,7 @@ def ids_text(ids: list[str]) -> bytes:
 
 
 def ids_of(said: str) -> list[str]:
-    """The commit ids that `ids_text` made such a list of."""
+    """The inverse of `ids_text`."""
     prefix, *rest = _value(said, 0)[0] if "\\" in said else said[2:-2].split('","')
     return [prefix + suffix for suffix in rest]
 
@@ -332,7 +345,7 @@ def header(context_id: str, adopted: Sequence[Any] | None = None) -> bytes:
 
 
 def record(before: Image, effects: Effects, flushed: int | None) -> bytes:
-    """The line of a commit, not yet sealed. `before` is what the commit was resolved against."""
+    """The record of a commit, without its seal. `before` is the image that the commit was resolved against."""
     parts = [
         b'{"rev":%d,"at":%d,"id":' % (effects.revision, effects.updated),
         quoted_ascii(effects.commit_id).encode(),
