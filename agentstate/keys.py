@@ -57,11 +57,11 @@ def check_user_id(user_id: Any) -> str:
 
 def _check_name(what: str, name: Any) -> str:
     if not isinstance(name, str) or not name or "\0" in name:
-        raise StateConfigError(f"{what} is text that is not empty, not {name!a}")
+        raise StateConfigError(f"{what} must be text that is not empty, got {name!a}")
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise StateConfigError(f"{what} is valid Unicode, which {name!a} is not") from None
+        raise StateConfigError(f"{what} must be valid Unicode, got {name!a}") from None
     return name
 
 
@@ -113,15 +113,15 @@ class Keys(NamedTuple):
 class KeySpace:
     """The keys under one prefix.
 
-    A prefix with a hash tag of its own (``{agents}:state:``) puts all its contexts into one slot; other braces in a
-    prefix would tear a context's keys apart and are a StateConfigError.
+    A prefix with a hash tag of its own (``{agents}:state:``) puts all its contexts into one slot. Other braces in a
+    prefix would put the keys of a context into different slots and are a StateConfigError.
     """
 
     def __init__(self, prefix: str) -> None:
         outside = re.sub(r"\{[^{}]+\}", "", _check_name("key_prefix", prefix), count=1)
         if "{" in outside or "}" in outside:
             raise StateConfigError(
-                f"key_prefix {prefix!r} holds braces that are not one hash tag like '{{agents}}:state:'"
+                f"key_prefix must have no braces but those of one hash tag, like '{{agents}}:state:', got {prefix!r}"
             )
         self.prefix = prefix
         self._escaped = _pattern(_ESCAPED_IN_KEY)

@@ -286,7 +286,8 @@ def test_a_replica_is_a_problem(tmp_path: Path, start_valkey: Callable[..., Valk
     primary = start_valkey()
     replica = start_valkey(f"replicaof {HOST} {primary.port}")
     findings = examine(tmp_path, "--url", replica.url, "--read-only", "-o", "deadline=2", code=exits.PROBLEM)
-    assert "problem" in level(findings, "server")
+    assert "problem" in level(findings, "connection")
+    assert "is a replica" in str(findings["connection"])
     with primary.client() as client:
         wait_until(lambda: client.info("replication")["connected_slaves"] == 1, "the replica is connected")
     findings = examine(tmp_path, "--url", primary.url, "--read-only", "-o", "ttl=60")

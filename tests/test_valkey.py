@@ -901,7 +901,7 @@ class TestConnections:
         storage = open_storage(url, ssl_ca_certs=str(valkey_tls.ca_file))
         commit(storage, "a", Append((b'"' + b"x" * 300_000 + b'"',)))
         assert len(existing(storage, "a").messages[0]) == 300_002
-        with pytest.raises(StateUnavailableError, match="certificate"):
+        with pytest.raises(StateConfigError, match="certificate"):
             open_storage(url, deadline=1.5).call(Query("a"))
 
     def test_a_password_lets_in_and_is_never_shown(self, valkey_password: ValkeyServer, key_prefix: str) -> None:

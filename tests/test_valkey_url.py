@@ -88,7 +88,7 @@ def test_a_url_is_required(url: Any) -> None:
         ("http://h", "must begin with"),
         ("valkey+sentinel://h:26379", "name of the service"),
         ("valkey://a,b", "valkey\\+cluster"),
-        ("valkey+cluster://a,,b", "host missing"),
+        ("valkey+cluster://a,,b", "host is missing"),
         ("valkey://h/zero", "number of a database"),
         ("valkey://h/1/2", "number of a database"),
         ("valkey+cluster://h/1", "only database 0"),

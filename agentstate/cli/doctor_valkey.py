@@ -34,7 +34,7 @@ def look_at_servers(storage: StateStorage, options: dict[str, Any]) -> Iterator[
     except StateError as error:
         yield problem("connection", str(error), advice_on_connecting(error))
     except (LostConnectionError, ServerError) as lost:
-        reason = failure(lost, None)
+        reason = failure(lost, None, reads=True)
         yield problem("connection", str(reason), advice_on_connecting(reason))
 
 
@@ -127,8 +127,6 @@ def _transport(url: str) -> Iterator[Finding]:
 def _replicas(replication: object, storage: Any, options: dict[str, Any]) -> Iterator[Finding]:
     from ..storage.valkey.risks import info_field
 
-    if info_field(replication, b"role") == b"slave":
-        yield problem("server", "this is a replica, which refuses writes", "use the url of the primary")
     connected = int(info_field(replication, b"connected_slaves") or 0)
     wanted = int(options.get("min_replicas") or 0)
     if wanted > connected:

@@ -1,7 +1,7 @@
-"""The document layout in Valkey: one JSON text per context, exactly as AgentUp has it.
+"""The document layout in Valkey: one JSON text per context, exactly as AgentUp writes it.
 
-A write reads the text, and replaces it by a compare-and-set that the server carries out as one step. Retries need no
-more care than that: the ids of commits are in the text, so one that was applied is recognised in it.
+A write reads the text and replaces it by a compare-and-set, one atomic step on the server. Retries are safe: the text
+holds the ids of commits, so a commit that was applied is found in it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class ValkeyDocuments(DocumentStorage):
         self._min_replicas = min_replicas
         self._offset = 0  # from this process's monotonic clock to the server's time, in microseconds
 
+    def missing_permissions(self, connection: Connection) -> str:
+        """A write is one command, so nothing can be left half done."""
+        return ""
+
     def slot(self, context_id: str) -> int:
         """The cluster slot of a context."""
         return self._servers.slot(self._key(context_id))
@@ -68,7 +72,7 @@ class ValkeyDocuments(DocumentStorage):
 
     def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
         deadline = self._limited(deadline)
-        return repeat(lambda: self._get(context_id, deadline), deadline, self.tally, context_id)
+        return repeat(lambda: self._get(context_id, deadline), deadline, self._servers, context_id)
 
     def replace_document(self, context_id: str, update: DocumentUpdate, *, deadline: float) -> None:
         deadline = self._limited(deadline)
@@ -91,6 +95,7 @@ class ValkeyDocuments(DocumentStorage):
                     raise
                 problem = None
             except (LostConnectionError, ServerError) as error:
+                self._servers.changed(error)
                 if problem is None or not isinstance(error, NoTimeLeftError):
                     problem = error
                 if not passes(error):
@@ -103,7 +108,7 @@ class ValkeyDocuments(DocumentStorage):
         if unknown is not None:
             raise StateOutcomeUnknownError(f"sent, but not confirmed: {unknown}", context_id=context_id) from unknown
         if problem is not None:
-            raise failure(problem, context_id) from problem
+            raise failure(problem, context_id, reads=False) from problem
         raise StateTimeoutError(f"{context_id!r} kept changing until the deadline; not done", context_id=context_id)
 
     def list_documents(self, cursor: str, size: int, *, deadline: float) -> Page:
@@ -111,7 +116,7 @@ class ValkeyDocuments(DocumentStorage):
         return repeat(
             lambda: scan_page(self._servers, self._keys, cursor, size, self._attempt_end(deadline), _with_documents),
             deadline,
-            self.tally,
+            self._servers,
         )
 
     def _limited(self, deadline: float) -> float:

@@ -25,7 +25,8 @@ from ..documentformat import Document, parse_document
 from ..resolve import Effects, access_error, added, already_applied, check_owner, resolve
 from .calls import Calls
 from .failures import failure, passes, pauses
-from .nodes import ASKING, Pool, Servers, takes_over
+from .nodes import ASKING, Servers, takes_over
+from .pool import Pool
 from .reads import (
     UNANSWERED,
     foreign,
@@ -166,6 +167,8 @@ class Execution:
             for group in (reads, *groups):
                 self._failed(error, group, again)
             return
+        if connection.lacks:
+            groups = self._permitted(connection.lacks, groups)
         not_after = int(end * MICROSECONDS) + pool.offset
         sent = read = answered = 0
         intact = False  # whether the connection may be used again
@@ -185,6 +188,7 @@ class Execution:
                 self._read(index, outcome, again)
             held = [self._reply(connection, group) for group in groups] if confirmed else []
             if held:
+                connection.silence = NEVER  # WAIT ends by itself
                 confirmed = connection.read()
             unloaded = False
             for group in groups:
@@ -197,8 +201,7 @@ class Execution:
                     unloaded = unloaded or reply.code == "NOSCRIPT"
             if unloaded:
                 connection.ask(calls.load_script)
-            # One that was a primary when it was connected to is looked for again.
-            intact = not (isinstance(self._problem, ServerError) and self._problem.code == "READONLY")
+            intact = not connection.lacks  # the next one looks at the permissions again
         except LostConnectionError as error:
             self._failed(error, reads[read:], again)
             for group in groups[answered:sent]:
@@ -211,6 +214,15 @@ class Execution:
                 pool.release(connection)
             else:
                 pool.discard(connection)
+
+    def _permitted(self, lacks: str, groups: list[list[int]]) -> list[list[int]]:
+        """The groups without what writes: a user who may not run all commands would leave it half done."""
+        permitted = [[index for index in group if type(self._operations[index]) is Query] for group in groups]
+        for group in groups:
+            for index in group:
+                if type(self._operations[index]) is not Query:
+                    self._settle(index, self._failure(index, ServerError(f"NOPERM it may not run {lacks}")))
+        return [group for group in permitted if group]
 
     def _packed(self, group: list[int], not_after: int) -> bytes:
         if not self._unknown and not self._floors and not self._asking:
@@ -260,9 +272,12 @@ class Execution:
             if outcome is _AGAIN:
                 again.append(index)
             elif short and code in "ka":
+                self._servers.doubt()
                 problem = f"{confirmed} of {wanted} replicas confirmed in time (min_replicas)"
-                outcome = self._outcome_unknown(index, ServerError(f"the primary has the change, but only {problem}"))
-                self._settle(index, outcome)
+                if isinstance(confirmed, ServerError):
+                    problem = f"WAIT is refused, so no replica confirmed (min_replicas): {confirmed}"
+                unconfirmed = ServerError(f"the primary has the change; {problem}")
+                self._settle(index, self._outcome_unknown(index, unconfirmed))
             else:
                 self._settle(index, outcome)
 
@@ -326,6 +341,7 @@ class Execution:
                 if not passes(error):
                     raise self._failure(index, error)
                 self._problem = error
+                self._servers.changed(error)
             case "E":
                 raise self._outcome_unknown(index, ServerError(detail.decode(errors="replace")))
             case _:
@@ -388,21 +404,23 @@ class Execution:
         """What is said of an operation that `error` ended."""
         if index in self._unknown:
             return self._outcome_unknown(index, error)
-        return failure(error, self._given[index].context_id)
+        operation = self._given[index]
+        return failure(error, operation.context_id, reads=type(operation) is Query)
 
     def _timed_out(self, index: int) -> StateError:
         problem = self._last
         if index in self._unknown:
             return self._outcome_unknown(index, problem)
-        context_id = self._given[index].context_id
         if problem is not None:
-            return failure(problem, context_id)
-        return StateTimeoutError("the deadline passed before anything was done", context_id=context_id)
+            return self._failure(index, problem)
+        return StateTimeoutError(
+            "the deadline passed before anything was done", context_id=self._given[index].context_id
+        )
 
     def _outcome_unknown(self, index: int, problem: Exception | None) -> StateError:
         operation = self._given[index]
         if type(operation) is Query:
-            return failure(problem, operation.context_id)
+            return failure(problem, operation.context_id, reads=True)
         error = StateOutcomeUnknownError(
             f"sent, but not confirmed: {problem}",
             context_id=operation.context_id,

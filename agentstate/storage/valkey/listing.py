@@ -1,4 +1,4 @@
-"""Listing the contexts of a Valkey, a page at a time, with SCAN.
+"""Listing the contexts on the servers, a page at a time, with SCAN.
 
 A cursor of SCAN is good for the server that gave it, and only as long as that server runs: another one, or the same one
 after a restart, would pass over keys. So ours also say which server that was, and a page of a changed one begins anew;
@@ -19,17 +19,17 @@ _MICROSECONDS: Final = 1_000_000
 
 
 class Listed(NamedTuple):
-    """What a listing has to know of a context."""
+    """What a listing filters contexts by."""
 
     user_id: str | None
     updated: int
 
 
 ReadDocument = Callable[[bytes, str, int], Listed | None]
-"""Reads the document that is stored for a context id, at a time. None where it is no document of this context."""
+"""Reads the document that is stored for a context id, as of a time. None if it is not a document of this context."""
 
 Choose = Callable[[Connection, dict[str, bytes], int], Iterable[str]]
-"""Says which of these ids, given with their keys and the server's time, are to be listed."""
+"""Selects the ids to list, from ids with their keys, and the server's time."""
 
 
 def scan_page(servers: Servers, keys: KeySpace, cursor: str, size: int, deadline: float, choose: Choose) -> Page:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from ...errors import StateConflictError, StateCorruptedError, StateError
 from ...keys import KeySpace
@@ -51,6 +51,24 @@ from .failures import repeat
 from .listing import Listed, chosen, scan_page
 from .nodes import Servers
 from .script import ATTEMPT
+from .wire import Connection, command
+
+_PERMISSIONS: Final = """\
+-- Tries commands in ways that change nothing, on a key that does not exist, and answers those that are forbidden. What
+-- RPUSH adds is gone at once.
+local key, forbidden = KEYS[1], {}
+for _, arguments in ipairs({
+  { 'HDEL', key, 'f' }, { 'HSET', key, 'f', 'v', 'f' }, { 'LINDEX', key, 0 }, { 'LRANGE', key, 0, 0 },
+  { 'LSET', key, 0, 'x' }, { 'LTRIM', key, 0, 0 }, { 'PERSIST', key }, { 'PEXPIRE', key, 1 }, { 'PEXPIREAT', key, 1 },
+  { 'RPOP', key }, { 'UNLINK', key }, { 'RPUSH', key, 'x' }, { 'UNLINK', key },
+}) do
+  local reply = not forbidden[1] and redis.pcall(unpack(arguments))
+  if type(reply) == 'table' and reply.err and string.find(reply.err, 'ACL', 1, true) then
+    forbidden[#forbidden + 1] = arguments[1]
+  end
+end
+return forbidden
+"""
 
 
 class LogLayout:
@@ -75,6 +93,15 @@ class LogLayout:
                 if isinstance(operation, Listing):
                     settle(index, self._list(operation))
 
+    def missing_permissions(self, connection: Connection) -> str:
+        """The commands that writing needs and the user of a connection may not run; nothing is changed.
+
+        What else the script runs fails before it has written anything.
+        """
+        key = self._keys.prefix + "{permissions}"
+        (reply,) = connection.ask(command("EVAL", _PERMISSIONS, 1, key))
+        return b", ".join(reply).decode() if isinstance(reply, list) else ""
+
     def slot(self, context_id: str) -> int:
         """The cluster slot of a context."""
         return self._calls.names(context_id).slot
@@ -88,7 +115,7 @@ class LogLayout:
             return scan_page(self._servers, self._keys, listing.cursor, listing.size, end, choose)
 
         try:
-            return repeat(read, deadline, self._servers.tally)
+            return repeat(read, deadline, self._servers)
         except StateError as error:
             return error
 

@@ -1,176 +1,71 @@
-"""The servers behind a target, and pools of connections to them: one server, a sentinel's primary, or a cluster."""
+"""The servers behind a target: one server, a sentinel's primary, or a cluster."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import Any, Final
 
-from ...errors import StateConfigError, StateTimeoutError
+from ...errors import StateConfigError
 from ..tally import Tally
+from .pool import Pool
 from .risks import info_field
+from .tls import check_files, explained
 from .url import Address, Target
 from .wire import Connection, LostConnectionError, ServerError, command, open_connection
 
 SLOTS: Final = 16384
 
 
-class Pool:
-    """Connections to one server, each used by one caller at a time. Thread-safe.
+_FAILOVER_CHECK: Final = 1.0
+"""Seconds after which the sentinels are asked again who the primary is."""
 
-    `offset` turns a reading of this process's monotonic clock (microseconds) into the server's time.
-
-    Idle connections are taken and given back without the lock: popping from a list and appending to it are one step
-    each. So the list itself is never replaced, and who waits says so before looking for an idle one.
-    """
-
-    def __init__(self, connect: Callable[[Pool, float], Connection], limit: int) -> None:
-        self._connect = connect
-        self._limit = limit
-        self.offset = 0
-        self._closed = False
-        self._start()
-
-    def forget(self) -> None:
-        """In the child of a fork: close this process's copies of the parent's sockets, without a word to the server."""
-        connections = [*self._open]
-        self._start()
-        for connection in connections:
-            connection.close()
-
-    def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._freed = threading.Condition(self._lock)
-        self._idle: list[Connection] = []
-        self._open: set[Connection] = set()
-        self._connecting = 0
-        self._waiting = 0
-        self._sent = self._received = 0  # bytes, on connections that are closed
-
-    def acquire(self, deadline: float) -> Connection:
-        """A connection that waits for answers until `deadline`.
-
-        Raises LostConnectionError, ServerError, or StateTimeoutError where all are in use until then.
-        """
-        connection = self._idle_one() or self._wait_for_one(deadline)
-        connection.deadline = deadline
-        return connection
-
-    def _wait_for_one(self, deadline: float) -> Connection:
-        with self._lock:
-            self._waiting += 1
-            try:
-                while (connection := self._idle_one()) is None and len(self._open) + self._connecting >= self._limit:
-                    left = deadline - monotonic()
-                    if left <= 0 or not self._freed.wait(left):
-                        raise StateTimeoutError(
-                            f"all {self._limit} connections (max_connections) were in use until the deadline; not done"
-                        )
-            finally:
-                self._waiting -= 1
-            if connection is not None:
-                return connection
-            self._connecting += 1
-        try:
-            connection = self._connect(self, deadline)
-        except BaseException:
-            with self._lock:
-                self._connecting -= 1
-                self._freed.notify()
-            raise
-        with self._lock:
-            self._connecting -= 1
-            self._open.add(connection)
-        return connection
-
-    def has_idle(self) -> bool:
-        """Whether there is a connection that nobody uses."""
-        return bool(self._idle)
-
-    def ask(self, deadline: float, *commands: bytes) -> list[Any]:
-        """The replies to packed commands, errors among them as values, over some connection."""
-        connection = self.acquire(deadline)
-        try:
-            replies = connection.ask(*commands)
-        except BaseException:
-            self.discard(connection)
-            raise
-        self.release(connection)
-        return replies
-
-    def release(self, connection: Connection) -> None:
-        """Give back a connection on which every reply was read."""
-        self._idle.append(connection)
-        if self._closed:
-            self._close(())
-        elif self._waiting:
-            with self._lock:
-                self._freed.notify()
-
-    def discard(self, connection: Connection) -> None:
-        """Close a connection that is in an unknown state, and the idle ones, which are likely to be as dead."""
-        self._close((connection,))
-
-    def close(self) -> None:
-        self._closed = True
-        self._close(())
-
-    def figures(self) -> tuple[int, int, int, int]:
-        """Connections that are idle, those that are used, and bytes that were sent and received."""
-        with self._lock:
-            idle = len(self._idle)
-            sent = self._sent + sum(connection.sent for connection in self._open)
-            received = self._received + sum(connection.received for connection in self._open)
-            return idle, len(self._open) + self._connecting - idle, sent, received
-
-    def _idle_one(self) -> Connection | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def _close(self, some: Iterable[Connection]) -> None:
-        """Close these connections and the idle ones."""
-        with self._lock:
-            broken = [*some, *iter(self._idle_one, None)]
-            for connection in broken:
-                self._open.discard(connection)
-                self._sent += connection.sent
-                self._received += connection.received
-            self._freed.notify(len(broken))
-        for connection in broken:
-            connection.close()
+_FAILOVER_CHECK_AFTER_FAILURE: Final = 10.0
+"""The same, if none of them answered."""
 
 
 class Servers:
     """Finds the server that has a key, and connects to it.
 
-    `prepare` is called with the first connection to every server.
+    `silence`: how many seconds a server may be silent before an attempt is given up. `prepare` is called with the first
+    connection to every server, and returns the commands that writing needs and the user may not run.
     """
 
     def __init__(
-        self, target: Target, max_connections: int, prepare: Callable[[Connection, Address], None], tally: Tally
+        self,
+        target: Target,
+        max_connections: int,
+        silence: float,
+        prepare: Callable[[Connection, Address], str],
+        tally: Tally,
     ) -> None:
         self.target = target
         self.tally = tally
         self.is_cluster = target.kind == "cluster"
         self.max_connections = max_connections
+        self._silence = silence
         self._prepare = prepare
-        self._prepared: set[Address] = set()
+        self._prepared: set[tuple[Address, bytes]] = set()  # with the server's run_id
         self._pools: dict[Address, Pool] = {}
         self._lock = threading.Lock()
         self._slots: list[Address] = []  # of a cluster: which primary has which slot; empty where that is not known
+        self._sentinels = list(target.addresses)  # the one that answered last comes first
+        self._primary: Address | None = None  # that the sentinels named last
+        self._next_check = 0.0  # when they are asked again
+        self._had_primary = False
         connect = self._connect_to_primary if target.kind == "sentinel" else partial(self._connect, target.addresses[0])
-        self._single = Pool(connect, max_connections)
+        self._single = Pool(connect, max_connections, silence)
 
     def pool(self, slot: int, deadline: float) -> Pool:
         """The pool of the server that has this slot (of a cluster; otherwise there is but one)."""
-        if not self.is_cluster:
-            return self._single
-        slots = self._slots or self._read_slots(deadline)
-        return self.pool_at(slots[slot])
+        if self.is_cluster:
+            slots = self._slots or self._read_slots(deadline)
+            return self.pool_at(slots[slot])
+        if self.target.kind == "sentinel" and self._single.has_idle() and monotonic() >= self._next_check:
+            self._check_for_failover(deadline)
+        return self._single
 
     def address(self, slot: int) -> Address | None:
         """Of a cluster: the server that has this slot, as far as is known without asking."""
@@ -211,16 +106,23 @@ class Servers:
         pool = self._pools.get(address)
         if pool is None:
             with self._lock:
-                new = Pool(partial(self._connect, address), self.max_connections)
+                new = Pool(partial(self._connect, address), self.max_connections, self._silence)
                 pool = self._pools.setdefault(address, new)
         return pool
 
     def changed(self, error: Exception) -> None:
-        """After this error: look anew where the slots and the primary are."""
-        if isinstance(error, LostConnectionError) or (
-            isinstance(error, ServerError) and error.code in ("MOVED", "READONLY", "CLUSTERDOWN")
-        ):
+        """After any error of a server: find out again where the slots and the primary are."""
+        code = error.code if isinstance(error, ServerError) else ""
+        if isinstance(error, LostConnectionError) or code in ("MOVED", "READONLY", "CLUSTERDOWN"):
             self._slots = []
+        if code == "READONLY":  # what was a primary when it was connected to is a replica now
+            for pool in self.pools():
+                pool.retire()
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Ask the sentinels again before the next operation."""
+        self._next_check = 0.0
 
     def forget(self) -> None:
         """In the child of a fork: let go of the parent's connections without touching them."""
@@ -243,35 +145,69 @@ class Servers:
             greeting.append(command("SELECT", options["db"]))
         if options.get("client_name"):
             greeting.append(command("CLIENT", "SETNAME", options["client_name"]))
-        connection, replies = self._open(address, deadline, [*greeting, command("TIME"), command("INFO", "server")])
+        greeting += (command("TIME"), command("HELLO"), command("INFO", "server"))
+        connection, replies = self._open(address, deadline, greeting)
         try:
-            for reply in replies[:-1]:
+            *others, time, hello, info = replies
+            for reply in (*others, time):
                 if isinstance(reply, ServerError):
                     raise reply
-            seconds, microseconds = replies[-2]
-            pool.offset = int(seconds) * 1_000_000 + int(microseconds) - int(monotonic() * 1_000_000)
-            connection.run_id = info_field(replies[-1], b"run_id")
-            if address not in self._prepared:
-                self._prepare(connection, address)
-                self._prepared.add(address)
+            pool.offset = int(time[0]) * 1_000_000 + int(time[1]) - int(monotonic() * 1_000_000)
+            self._check_role(address, dict(zip(hello[::2], hello[1::2], strict=False)) if type(hello) is list else {})
+            connection.run_id = info_field(info, b"run_id")
+            if (address, connection.run_id) not in self._prepared:
+                connection.lacks = self._prepare(connection, address)
+                if not connection.lacks:
+                    self._prepared.add((address, connection.run_id))
         except BaseException:
             connection.close()
             raise
         self.tally.add(connections_opened=1)
         return connection
 
+    def _check_role(self, address: Address, hello: dict[bytes, Any]) -> None:
+        """Raise StateConfigError if this server can never be the right one, LostConnectionError if it may become so."""
+        kind = self.target.kind
+        if kind in ("server", "unix") and hello.get(b"mode") == b"cluster":
+            shown = self.target.shown
+            raise StateConfigError(f"{address} is a node of a cluster: write valkey+cluster:// in the url {shown!r}")
+        if hello.get(b"role", b"master") == b"master":
+            self._had_primary = True
+        elif kind in ("server", "unix") and not self._had_primary:
+            raise StateConfigError(
+                f"{address} is a replica, which takes no writes: use the url of its primary, or of its sentinels "
+                "(valkey+sentinel://host:26379/service)"
+            )
+        else:
+            raise LostConnectionError(f"{address} is a replica now; waiting for a primary")
+
     def _connect_to_primary(self, pool: Pool, deadline: float) -> Connection:
-        """To the server that the sentinels call the primary, if it agrees: during a failover it may not."""
+        self._primary = self._ask_sentinels(deadline)
+        return self._connect(self._primary, pool, deadline)
+
+    def _check_for_failover(self, deadline: float) -> None:
+        """Let go of the connections to a server that is not the primary any more: it may not know that yet."""
+        self._next_check = monotonic() + _FAILOVER_CHECK
+        try:
+            primary = self._ask_sentinels(min(deadline, monotonic() + self._silence / 4))
+        except (LostConnectionError, ServerError, StateConfigError):
+            self._next_check = monotonic() + _FAILOVER_CHECK_AFTER_FAILURE
+            return
+        if primary != self._primary:
+            self._single.retire()
+
+    def _ask_sentinels(self, deadline: float) -> Address:
+        """Who the primary is. Raises LostConnectionError, ServerError or StateConfigError."""
         options = self.target.options
         service = self.target.service
         greeting = _authentication(options.get("sentinel_username"), options.get("sentinel_password"))
         problem: Exception = LostConnectionError("no sentinel answers")
-        for address in self.target.addresses:
+        for address in list(self._sentinels):
             try:
                 # A sentinel that does not answer must not use up the time of those that would.
-                patience = min(deadline, monotonic() + max(0.1, (deadline - monotonic()) / len(self.target.addresses)))
+                end = min(deadline, monotonic() + max(0.1, (deadline - monotonic()) / len(self._sentinels)))
                 sentinel, replies = self._open(
-                    address, patience, [*greeting, command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)]
+                    address, end, [*greeting, command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)]
                 )
             except LostConnectionError as error:
                 problem = error
@@ -283,16 +219,8 @@ class Servers:
             elif reply is None:
                 problem = StateConfigError(f"the sentinels of {self.target.shown} know no service {service!r}")
             else:
-                primary = Address(reply[0].decode(), int(reply[1]))
-                connection = self._connect(primary, pool, deadline)
-                try:
-                    role = connection.ask(command("ROLE"))[0]
-                    if not isinstance(role, ServerError) and role[0] != b"master":
-                        raise LostConnectionError(f"{primary} is no primary (any more); waiting for the sentinels")
-                except BaseException:
-                    connection.close()
-                    raise
-                return connection
+                self._sentinels.sort(key=lambda one: one != address)
+                return Address(reply[0].decode(), int(reply[1]))
         raise problem
 
     def _read_slots(self, deadline: float) -> list[Address]:
@@ -302,8 +230,8 @@ class Servers:
         pools = [(address, self.pool_at(address)) for address in known]
         for address, pool in sorted(pools, key=lambda one: not one[1].has_idle()):  # who has just answered, first
             try:
-                patience = min(deadline, monotonic() + max(0.1, (deadline - monotonic()) / len(known)))
-                reply = pool.ask(patience, command("CLUSTER", "SLOTS"))[0]
+                end = min(deadline, monotonic() + max(0.1, (deadline - monotonic()) / len(known)))
+                reply = pool.ask(end, command("CLUSTER", "SLOTS"))[0]
             except (LostConnectionError, ServerError) as error:
                 problem = error
                 continue
@@ -326,11 +254,18 @@ class Servers:
         options = {name: value for name, value in self.target.options.items() if name.startswith(("ssl_", "socket_"))}
         if address.path:
             return open_connection(partial(classes.UnixDomainSocketConnection, path=address.path), deadline, greeting)
-        make: Callable[..., Any] = classes.SSLConnection if self.target.tls else classes.Connection
-        if self.target.tls:
-            # Without it any certificate that some authority signed for anybody would do.
-            options.setdefault("ssl_check_hostname", options.get("ssl_cert_reqs") != "none")
-        return open_connection(partial(make, host=address.host, port=address.port, **options), deadline, greeting)
+        make: Any
+        if not self.target.tls:
+            make = partial(classes.Connection, host=address.host, port=address.port, **options)
+            return open_connection(make, deadline, greeting)
+        check_files(options)
+        # Without it any certificate that some authority signed for anybody would do.
+        options.setdefault("ssl_check_hostname", options.get("ssl_cert_reqs") != "none")
+        try:
+            make = partial(classes.SSLConnection, host=address.host, port=address.port, **options)
+            return open_connection(make, deadline, greeting)
+        except LostConnectionError as error:
+            raise explained(error, address) from error
 
 
 ASKING: Final = command("ASKING")

@@ -1,4 +1,4 @@
-"""Whether a server may lose what it acknowledged: by evicting keys, or at its end."""
+"""Whether a server may lose what it acknowledged: by evicting keys, or because it does not persist them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .wire import Connection, command
 
 
 def risks(connection: Connection, *, expiring: bool) -> list[str]:
-    """What this server may lose by the way it is set, in words for its operator.
+    """What this server may lose because of its configuration, in words for its operator.
 
     `expiring`: whether our keys have a time to live. Where CONFIG is forbidden, INFO tells what it can.
     """

@@ -281,11 +281,16 @@ local function rare()
     end
   end
 
-  -- Removes all fields of a space ('v' variables, 'm' metadata) from a table.
-  function made.remove_space(fields, letter)
-    for field in pairs(fields) do
+  -- Drops all fields of a space ('v' variables, 'm' metadata). `blank`: what is stored does not count.
+  function made.drop_all(pending, letter, blank)
+    for _, field in ipairs(blank and {} or call('HKEYS', state)) do
+      if byte(field) == letter and byte(field, 2) == 58 then
+        pending[field] = false
+      end
+    end
+    for field in pairs(pending) do
       if byte(field) == letter then
-        fields[field] = nil
+        pending[field] = false
       end
     end
   end
@@ -338,7 +343,7 @@ local function commit()
   local present, created, deletes, touched, answer = exists, false, false, false, ''
   local owner, bound = user, ''
   local start, keep, fresh = first, last, {} -- of the stored messages [start, keep) stay, and these are appended
-  local pending, no_variables, no_metadata = {}, not exists, not exists -- fields set (false: dropped); all others gone?
+  local pending, blank = {}, not exists -- fields that are set (false: dropped); whether no others are left
   local restored -- where the times of a restored context stand among the arguments
 
   for j = 5, #shape do
@@ -357,12 +362,8 @@ local function commit()
       end
       a = a + 1 + count
     elseif part == 83 or part == 89 or part == 90 then -- S, Y, Z
-      if part == 89 then
-        rare().remove_space(pending, 118)
-        no_variables = true
-      elseif part == 90 then
-        rare().remove_space(pending, 109)
-        no_metadata = true
+      if part ~= 83 then
+        rare().drop_all(pending, part == 89 and 118 or 109, blank)
       end
       local count = tonumber(args[a])
       for i = a + 1, a + 2 * count, 2 do
@@ -373,11 +374,7 @@ local function commit()
       local field = args[a]
       local current = pending[field]
       if current == nil then
-        local gone = no_metadata
-        if byte(field) == 118 then
-          gone = no_variables
-        end
-        current = not gone and call('HGET', state, field)
+        current = not blank and call('HGET', state, field)
       end
       if part == 100 then
         touched = touched or present
@@ -436,7 +433,7 @@ local function commit()
       answer = (present or remains) and 'true' or 'false'
       deletes, present, created, restored = true, false, false, nil
       owner, revision, start, keep, fresh = '', 0, 0, 0, {}
-      pending, no_variables, no_metadata = {}, true, true
+      pending, blank = {}, true
     elseif part == 79 then -- O
       if owner ~= args[a] then
         if owner ~= '' then
@@ -607,15 +604,6 @@ local function commit()
       size = size + 2
     elseif not renewed then
       gone[#gone + 1] = field
-    end
-  end
-  if not renewed and (no_variables or no_metadata) then
-    for _, field in ipairs(call('HKEYS', state)) do
-      local letter, colon = byte(field, 1, 2)
-      local unset = colon == 58 and pending[field] == nil
-      if unset and ((letter == 118 and no_variables) or (letter == 109 and no_metadata)) then
-        gone[#gone + 1] = field
-      end
     end
   end
   if size <= 1000 then

@@ -26,23 +26,29 @@ _STORAGE_OPTIONS: Final = {"ttl", "max_history", "max_value_bytes", "deadline"}
 _OWN_OPTIONS: Final = {"url", "key_prefix", "layout", "max_connections", "min_replicas", "strict"}
 
 _MOST_MET: Final = 4096
+"""Context ids that are remembered for `expects`."""
+
+_LONGEST_SILENCE: Final = 2.0
+"""Seconds without an answer after which an attempt is given up; at most a third of the deadline."""
 
 
 class ValkeyStorage(StateStorage):
-    """Keeps conversations in Valkey (or Redis 7.2 and its kin): one server, a sentinel's primary, or a cluster.
+    """Keeps conversations in Valkey (or Redis 7.2 or a compatible server): one server, behind sentinels, or a cluster.
 
     - `url`: ``valkey://[[user]:password@]host[:port][/db]``, ``valkeys://`` with TLS, ``unix:///path/to/valkey.sock``,
       ``valkey+sentinel://host:26379,host2:26379/service``, ``valkey+cluster://host:6379,host2:6379``
-    - `key_prefix`: begins the keys of all contexts
+    - `key_prefix`: all keys begin with it
     - `layout`: ``log``, whose writes cost the same however long a conversation is; or ``document``, one JSON text per
-      context exactly as AgentUp has it, for running side by side with it
-    - `max_connections`: to each server
-    - `min_replicas`: a write is done when so many replicas have it
-    - `strict`: refuse a server that may lose what it acknowledged (by eviction, or at its end) rather than warn of it
+      context exactly as AgentUp writes it, for running side by side with AgentUp
+    - `max_connections`: the maximum number of connections to each server
+    - `min_replicas`: the number of replicas that must confirm a write before it returns
+    - `strict`: refuse a server that may evict keys or does not persist its data; the default is to log a warning
     - `username`, `password`, `db`, `client_name`, `socket_keepalive`, `sentinel_username`, `sentinel_password`, and
-      `ssl_...` as valkey-py has them; the options of the url mean the same
+      `ssl_...` as in valkey-py; the options in the url mean the same
 
-    Times, ttl and cleanup go by the server's clock. Connects at the first operation. Raises StateConfigError.
+    Times, `ttl` and cleanup use the clock of the server. An attempt is given up when the server is silent for 2 seconds
+    or a third of the `deadline`, and repeated until the deadline. Connects at the first operation. Raises
+    StateConfigError.
     """
 
     largest_group = 512
@@ -58,19 +64,23 @@ class ValkeyStorage(StateStorage):
         strict: bool = False,
         **options: Any,
     ) -> None:
+        # Whatever can be refused is, before there is a storage that somebody would have to close.
         check_options(options, _STORAGE_OPTIONS, _OWN_OPTIONS)
-        super().__init__(**{name: options.pop(name) for name in _STORAGE_OPTIONS & set(options)})
+        shared = {name: options.pop(name) for name in _STORAGE_OPTIONS & set(options)}
         target = read_url(url, options)
         if min_replicas:
             positive_integer("min_replicas", min_replicas)
+        limit = positive_integer("max_connections", max_connections)
         one_of("layout", layout, ("log", "document"))
+        keys = KeySpace(key_prefix)
+        super().__init__(**shared)
         self.key_prefix = key_prefix
         self._met: set[str] = set()  # contexts that exist, or did
         self._strict = strict
         self._url = target.shown
-        limit = positive_integer("max_connections", max_connections)
-        self._servers = Servers(target, limit, self._prepare, self.tally)
-        keys = KeySpace(key_prefix)
+        self._warnings: set[str] = set()  # that were logged
+        silence = min(_LONGEST_SILENCE, self.deadline / 3)
+        self._servers = Servers(target, limit, silence, self._prepare, self.tally)
         self._layout: LogLayout | ValkeyDocuments
         if layout == "log":
             self._layout = LogLayout(
@@ -102,7 +112,7 @@ class ValkeyStorage(StateStorage):
         return self._servers.address(self._layout.slot(operation.context_id)) if self._servers.is_cluster else None
 
     def expects(self, context_id: str) -> bool:
-        # Those that it asks for again: where one is gone, looking first is a round trip more.
+        # Those that are asked for again. If such a context is gone, reading it first costs one more round trip.
         met = self._met
         if context_id in met:
             return True
@@ -146,11 +156,15 @@ class ValkeyStorage(StateStorage):
     def _after_fork(self) -> None:
         self._servers.forget()
 
-    def _prepare(self, connection: Connection, address: Address) -> None:
+    def _prepare(self, connection: Connection, address: Address) -> str:
         loaded = connection.ask(self._layout.load_script)[0]
         if isinstance(loaded, ServerError):
             raise loaded
         for risk in risks(connection, expiring=self.ttl is not None):
             if self._strict:
                 raise StateConfigError(f"Valkey at {address} may lose what it acknowledged (strict): {risk}")
-            _logger.warning("Valkey at %s may lose what it acknowledged: %s", address, risk)
+            warning = f"Valkey at {address} may lose what it acknowledged: {risk}"
+            if warning not in self._warnings:
+                self._warnings.add(warning)
+                _logger.warning(warning)
+        return self._layout.missing_permissions(connection)

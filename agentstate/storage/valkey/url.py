@@ -56,6 +56,17 @@ def _requirement(value: Any) -> str:
     return str(value)
 
 
+def _tls_version(value: Any) -> Any:
+    from ssl import TLSVersion  # late: it takes its time to import
+
+    if isinstance(value, TLSVersion):
+        return value
+    try:
+        return TLSVersion[str(value).replace(".", "_")]
+    except KeyError:
+        raise ValueError("'TLSv1_2' or 'TLSv1_3'") from None
+
+
 def _unchanged(value: Any) -> Any:
     return value
 
@@ -76,7 +87,7 @@ _OPTIONS: Final = {
     "ssl_ca_data": _unchanged,
     "ssl_cert_reqs": _requirement,
     "ssl_check_hostname": _flag,
-    "ssl_min_version": _unchanged,
+    "ssl_min_version": _tls_version,
     "ssl_ciphers": _text,
 }
 """The connection options, each with the reader of its value."""
@@ -249,7 +260,7 @@ def _addresses(parts: SplitResult, kind: str) -> tuple[Address, ...]:
         one = urlsplit(f"valkey://{host}")
         # The default host is for 'valkey://'; an empty one among several is a slip of the pen.
         if not one.hostname and (host or kind != "server"):
-            raise _UnreadableError("there is a host missing")
+            raise _UnreadableError("a host is missing")
         addresses.append(Address(unquote(one.hostname or "localhost"), one.port or _DEFAULT_PORT[kind]))
     if kind == "server" and len(addresses) > 1:
         raise _UnreadableError("several hosts are written valkey+cluster:// or valkey+sentinel://")
@@ -267,5 +278,5 @@ def _path(parts: SplitResult, kind: str) -> tuple[str, int | None]:
             raise _UnreadableError("the name of the service is missing: valkey+sentinel://host:26379/service")
         service = names.pop(0)
     if len(names) > 1 or (names and not names[0].isdecimal()):
-        raise _UnreadableError("the path is the number of a database")
+        raise _UnreadableError("the path must be the number of a database")
     return service, int(names[0]) if names else None

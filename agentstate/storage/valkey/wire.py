@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Iterable
+from math import inf
 from time import monotonic
 from typing import Any, Final
 
@@ -53,10 +54,13 @@ def command(*arguments: bytes | str | int) -> bytes:
 class Connection:
     """A socket on which one caller at a time sends commands and reads replies, before `deadline` (monotonic).
 
-    After any exception it cannot be used any more and must be closed.
+    It is given up when nothing at all was heard for `silence` seconds. After any exception it cannot be used any more
+    and must be closed.
     """
 
-    __slots__ = ("_owner", "_reader", "_sock", "_timeout", "deadline", "received", "run_id", "sent")
+    __slots__ = (
+        "_owner", "_reader", "_sock", "_timeout", "deadline", "lacks", "received", "run_id", "sent", "silence", "used",
+    )  # fmt: skip
 
     def __init__(self, owner: Any, sock: socket.socket) -> None:
         self._owner = owner  # valkey-py's connection, which closes the socket
@@ -64,7 +68,10 @@ class Connection:
         self._reader = _new_reader()
         self._timeout = 0.0  # of the socket, as it was last set
         self.deadline = 0.0
-        self.run_id = b""
+        self.silence = inf
+        self.used = 0.0  # when it was last given back
+        self.run_id = b""  # of the server
+        self.lacks = ""  # commands that writing needs and its user may not run
         self.sent = self.received = 0  # bytes
 
     def close(self) -> None:
@@ -104,8 +111,8 @@ class Connection:
         return data
 
     def _set_timeout(self) -> None:
-        """Let the socket wait until the deadline; up to a hundredth less where that saves setting it again."""
-        left = self.deadline - monotonic()
+        """Let the socket wait as long as it may; up to a hundredth less where that saves setting it again."""
+        left = min(self.silence, self.deadline - monotonic())
         if left <= 0:
             raise LostConnectionError("no answer before the deadline")
         if not 0.99 * left <= self._timeout <= left:
@@ -184,7 +191,7 @@ _new_reader: Callable[[], Any] = _reader_factory()
 
 def _reason(error: OSError, doing: str) -> str:
     if isinstance(error, TimeoutError):
-        return "no answer before the deadline"
+        return "no answer in time"
     return f"{error.strerror or type(error).__name__} while {doing}"
 
 
