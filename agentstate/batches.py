@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from . import codec
 from .caller import (
@@ -102,7 +102,7 @@ class Batch:
         self._record(Drop(Space.VARIABLES, codec.key(key, "key", self._context_id)))
 
     def increment_variable(self, key: str, by: float = 1) -> None:
-        """Add to a variable. If it turns out to be no number, the whole batch is a StateConflictError."""
+        """Add to a variable. If it is not a number, committing the batch raises StateConflictError."""
         self._check_no_context_id(by)
         self._record(increment(self._caller, self._context_id, key, by))
 
@@ -119,9 +119,12 @@ class Batch:
         self._record(*state_changes(self._caller, self._context_id, fields))
 
     def clear_context(self) -> None:
-        """Delete the context; what the batch writes after this makes a new one."""
+        """Delete the context; later writes of the batch create a new one."""
         self._record(Delete())
 
+
+_FIRST_ANSWER: Final = 1.0
+"""Seconds that the store has for saying whether a turn is free, however short the timeout of the turn."""
 
 _holders: dict[tuple[int, str], HeldTurn] = {}
 """The turns that this process holds, by the id of the storage and the context id."""
@@ -172,20 +175,23 @@ class Turn(Batch):
         self._check_not_nested()
         self._enter()
         self.token = os.urandom(12).hex()
-        give_up = time.monotonic() + self._timeout
+        begun = time.monotonic()
+        give_up = begun + self._timeout
         pause = 0.002
         taken = unanswered = False
         try:
             while True:
                 unanswered = True
-                taken = yield self._lease_step("take")
+                step = self._lease_step("take")
+                # A store that does not answer is not waited for longer than the turn; a first answer gets its time.
+                taken = yield step._replace(deadline=min(step.deadline, max(give_up, begun + _FIRST_ANSWER)))
                 unanswered = False
                 if taken:
                     break
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise StateTimeoutError(
-                        f"waited {self._timeout:g} s in vain for the turn on {self._context_id!r}",
+                        f"the turn on {self._context_id!r} was not available within {self._timeout:g} s",
                         context_id=self._context_id,
                     )
                 yield Sleep(min(pause, left))
@@ -202,7 +208,7 @@ class Turn(Batch):
             held_turns.set((*held_turns.get(), self._held))
 
     def _end(self, failed: bool) -> Calls[None]:
-        """Commit what was collected, with the fence, unless the block failed; give the lease back in any case."""
+        """Commit what was collected, with the fence, unless the block failed; release the lease in any case."""
         interrupted = False
         try:
             if self._changes and not failed:
@@ -229,7 +235,7 @@ class Turn(Batch):
             held_turns.set(tuple(turn for turn in held_turns.get() if turn is not held))
 
     def _give_back(self) -> None:
-        """Give the lease back without waiting for it, where the code that would have waited was cancelled."""
+        """Release the lease without waiting for it: the code that would have waited was cancelled."""
         self._caller._engine.submit(CallBack((self._lease_step("release"),), lambda _: None))
 
     def _release(self) -> Calls[None]:
@@ -242,4 +248,6 @@ class Turn(Batch):
             # The lease ends by itself; the outcome of the turn is known and must not be replaced by this.
             from logging import getLogger
 
-            getLogger("agentstate.context").warning("a turn's lease was not given back, and will expire: %s", error)
+            getLogger("agentstate.context").warning(
+                "the lease of a turn could not be released, and will expire: %s", error
+            )

@@ -1,8 +1,10 @@
-"""Stored values as the types that callers ask for: ``get_variable(..., as_type=Profile)``.
+"""Decodes stored values as types: ``get_variable(..., as_type=Profile)``.
 
-An annotation says how a JSON value is read. Known are JSON's own types, dataclasses (generic ones and those with
-settings of dataclasses-json), models of pydantic, TypedDict, named tuples, enums, collections, unions, `Literal`,
-times, `UUID`, `Decimal` and paths, all nested in each other as annotations are.
+The type is an annotation: JSON's own types, dataclasses (also generic ones, and those with settings of
+dataclasses-json), models of pydantic, TypedDict, named tuples, enums, collections, unions, `Literal`, times, `UUID`,
+`Decimal` and paths, in any combination.
+
+dataclasses-json's own decoder is not used: it reads times as numbers, and decodes neither nested tuples nor unions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from uuid import UUID
 from .errors import StateSerializationError
 
 Bindings = Mapping[Any, Any]
-"""What type variables stand for, and `Self`."""
+"""The values of type variables and of `Self`."""
 
 _WRAPPERS: Final = (typing.Annotated, typing.Final, typing.Required, typing.NotRequired)
 _FROM_TEXT: Final[dict[type, Callable[[str], Any]]] = {
@@ -38,7 +40,7 @@ _FROM_TEXT: Final[dict[type, Callable[[str], Any]]] = {
     PurePath: PurePath,
 }
 _DATACLASSES_JSON: Final = "dataclasses_json.api"
-"""The module that its `from_dict` is from, which is replaced here: it knows neither times as text nor nested tuples."""
+"""The module of dataclasses-json's own `from_dict`, which is not called."""
 
 _LISTS: Final[dict[Any, Callable[[list[Any]], Any]]] = {
     list: list,
@@ -69,7 +71,7 @@ _MAPPINGS: Final[dict[Any, Callable[[dict[Any, Any]], Any]]] = {
 
 
 class _MismatchError(Exception):
-    """Why a value is not of a type. `path` is put together while this travels up."""
+    """Why a value is not of a type. `path` is completed while the exception propagates."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -77,10 +79,10 @@ class _MismatchError(Exception):
 
 
 def decode_as(annotation: Any, value: Any, name: str, *, context_id: str | None = None) -> Any:
-    """A decoded JSON value as an instance of what `annotation` says.
+    """A JSON value as an instance of the type `annotation`.
 
-    Raises StateSerializationError where the value does not fit, with the path of what does not, which begins with
-    `name`; and where the type is one that nothing can be decoded into.
+    Raises StateSerializationError if the value is not of that type, with the path of the offending part, which begins
+    with `name`; and if nothing can be decoded into the type.
     """
     try:
         return _decode(annotation, value, {}, strict=False)
@@ -91,9 +93,9 @@ def decode_as(annotation: Any, value: Any, name: str, *, context_id: str | None 
 
 
 def _decode(annotation: Any, value: Any, bindings: Bindings, *, strict: bool) -> Any:
-    """`value` as what `annotation` says. Raises _MismatchError.
+    """`value` as an instance of `annotation`. Raises _MismatchError.
 
-    `strict` takes only what storing the result would give again: it chooses among the members of a union.
+    `strict` accepts a value only if storing the result would give that value: it selects the member of a union.
     """
     annotation, bindings = _resolved(annotation, bindings)
     if annotation is Any or annotation is object or isinstance(annotation, TypeVar):
@@ -124,7 +126,7 @@ def _decode(annotation: Any, value: Any, bindings: Bindings, *, strict: bool) ->
 
 @contextmanager
 def _within(place: str) -> Iterator[None]:
-    """Decoding a part at that place of a value: its mismatches get the whole path."""
+    """Adds `place` to the paths of mismatches."""
     try:
         yield
     except _MismatchError as mismatch:
@@ -133,11 +135,11 @@ def _within(place: str) -> Iterator[None]:
 
 
 def _resolved(annotation: Any, bindings: Bindings) -> tuple[Any, Bindings]:
-    """The annotation without what says nothing of the value: aliases, wrappers, and type variables that are bound."""
+    """The annotation without aliases and wrappers, and with bound type variables replaced."""
     while True:
         origin = get_origin(annotation)
         if annotation in bindings:
-            annotation, bindings = bindings[annotation], {}  # what is bound was resolved where it was bound
+            annotation, bindings = bindings[annotation], {}  # already resolved in its own scope
         elif origin in _WRAPPERS:
             annotation = get_args(annotation)[0]
         elif annotation is typing.LiteralString:
@@ -153,7 +155,7 @@ def _resolved(annotation: Any, bindings: Bindings) -> tuple[Any, Bindings]:
 
 
 def _bound(arguments: tuple[Any, ...], bindings: Bindings) -> list[Any]:
-    """The arguments of a generic type, with what their own type variables stand for."""
+    """The arguments of a generic type, with their type variables replaced."""
     bound = []
     for argument in arguments:
         parameters = getattr(argument, "__parameters__", ())
@@ -216,7 +218,7 @@ def _union(members: tuple[Any, ...], value: Any, bindings: Bindings, strict: boo
         return None
     if len(others) == 1:
         return _decode(others[0], value, bindings, strict=strict)
-    # Text, which stands for a time or an enum too, is taken for mere text last.
+    # Times and enums are stored as text, too: plain text is tried last.
     others.sort(key=lambda member: _resolved(member, bindings)[0] in (str, Any, object))
     for strictness in (True,) if strict else (True, False):
         for member in others:
@@ -231,7 +233,7 @@ def _union(members: tuple[Any, ...], value: Any, bindings: Bindings, strict: boo
 
 
 def _items(pairs: Iterator[tuple[str, Any, Any]], bindings: Bindings, strict: bool) -> Iterator[Any]:
-    """What each of some parts is decoded into, given as its place, its annotation and its value."""
+    """The decoded parts of a value, given as (place, annotation, value)."""
     for place, annotation, value in pairs:
         with _within(place):
             decoded = _decode(annotation, value, bindings, strict=strict)
@@ -247,7 +249,7 @@ def _list(origin: Any, arguments: tuple[Any, ...], value: Any, bindings: Binding
     decoded = list(_items(((f"[{index}]", item, each) for index, each in enumerate(value)), bindings, strict))
     try:
         return _LISTS[origin](decoded)
-    except TypeError as error:  # what cannot be hashed is in no set
+    except TypeError as error:  # an item of a set is not hashable
         raise _MismatchError(f"no {_name(origin)} can hold this: {error}") from error
 
 
@@ -307,7 +309,7 @@ def _object(cls: type[Any], arguments: tuple[Any, ...], value: Any, bindings: Bi
 
 
 def _made(cls: type[Any], make: Callable[..., Any], *values: Any, **named: Any) -> Any:
-    """What a class makes of values, whose checks may refuse them; what is no refusal passes untouched."""
+    """Call `make`, and turn the exceptions that a class raises for invalid values into a mismatch."""
     try:
         return make(*values, **named)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -320,7 +322,7 @@ def _typed_dict(cls: Any, arguments: tuple[Any, ...], value: Any, bindings: Bind
         raise _mismatch(f"a mapping, for {cls.__name__}", value)
     hints = _hints(cls)
     for name, hint in hints.items():
-        # Where annotations are text, as after `from __future__ import annotations`, Python does not see `NotRequired`.
+        # If annotations are text (`from __future__ import annotations`), `__required_keys__` ignores `NotRequired`.
         required = name in cls.__required_keys__ and get_origin(hint) is not typing.NotRequired
         if name not in value and (required or get_origin(hint) is typing.Required):
             raise _MismatchError(f"{name!r} is missing, for {cls.__name__}; there is {_keys(value)}")
@@ -331,7 +333,7 @@ def _typed_dict(cls: Any, arguments: tuple[Any, ...], value: Any, bindings: Bind
 
 
 def _check_known(cls: type, value: Mapping[str, Any], known: Mapping[str, Any], strict: bool) -> None:
-    """For the choice among the members of a union; elsewhere, what a class does not know is left out."""
+    """Refuse unknown keys if `strict`; otherwise they are ignored."""
     if strict and value.keys() - known.keys():
         raise _mismatch(cls.__name__, value)
 
@@ -392,7 +394,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def _bindings(cls: type[Any], arguments: tuple[Any, ...], bindings: Bindings) -> Bindings:
-    """What type variables stand for inside of a class, those of its generic bases included."""
+    """The values of type variables inside a class, including those of its generic bases."""
     inside: dict[Any, Any] = {typing.Self: cls[arguments] if arguments else cls}
     inside.update(zip(getattr(cls, "__parameters__", ()), _bound(arguments, bindings), strict=False))
     for base in getattr(cls, "__orig_bases__", ()):

@@ -3,11 +3,11 @@
     StateError
     ├── StateConfigError(ValueError)             an option or the configuration file is wrong
     ├── InvalidContextIdError(ValueError)        this can never be the id of a context
-    ├── StateSerializationError(TypeError)       the value is not JSON; nothing was changed
+    ├── StateSerializationError(TypeError)       a value is not JSON, or not of the type asked for
     ├── StateUnavailableError(ConnectionError)   the store cannot be reached; not done
     │   └── StateOutcomeUnknownError             sent, but never answered: it may have happened
-    ├── StateTimeoutError(TimeoutError)          waited for a lock, a lease or a turn; not done
-    ├── StateCorruptedError                      what is stored cannot be understood; left as it is
+    ├── StateTimeoutError(TimeoutError)          a lock, a lease or a turn was not available in time; not done
+    ├── StateCorruptedError                      the stored data is damaged; left as it is
     ├── ContextNotFoundError(LookupError)        the context that is needed does not exist
     ├── StateConflictError                       the state is not what the call requires; refused
     │   └── TurnLostError                        the turn's lease expired before its commit
@@ -34,11 +34,11 @@ class StateError(Exception):
         self.context_id = context_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Keyword-only attributes are not in `args`, so the default reduction would lose them on unpickling.
+        # The attributes are not in `args`: default pickling would lose them.
         return _rebuild, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
-        # KeyError and OSError format their arguments in ways of their own; ours are plain sentences.
+        # KeyError and OSError would format the message.
         return str(self.args[0]) if self.args else ""
 
 
@@ -59,8 +59,7 @@ def _rebuild(cls: type[StateError], args: tuple[Any, ...], attributes: dict[str,
 class StateConfigError(StateError, ValueError):
     """An option or the configuration file is wrong. The message names the option and what to write instead.
 
-    `problems` lists everything that is wrong with a configuration file, each with file and line; it is empty where
-    the message is the whole story.
+    `problems` lists all problems of a configuration file, each with file and line; it is empty for other errors.
     """
 
     def __init__(self, message: str, *, context_id: str | None = None, problems: Sequence[str] = ()) -> None:
@@ -75,9 +74,9 @@ class InvalidContextIdError(StateError, ValueError):
 
 
 class StateSerializationError(StateError, TypeError):
-    """A value cannot be stored as JSON without changing it. Nothing was changed.
+    """A value cannot be stored as JSON, or a stored value cannot be decoded as asked. Nothing was changed.
 
-    `path` says where in the value the culprit is, for example ``preferences.theme[3]``.
+    `path` is the place of the offending part in the value, for example ``preferences.theme[3]``.
     """
 
     def __init__(self, message: str, *, context_id: str | None = None, path: str = "") -> None:
@@ -85,7 +84,7 @@ class StateSerializationError(StateError, TypeError):
         self.path = path
 
     def within(self, path: str) -> StateSerializationError:
-        """The same error, of a value that is itself at `path` of a larger one."""
+        """The same error for a value that is at `path` of a larger one."""
         reason = str(self).removeprefix(printable(f"{self.path}: "))
         inside = f"{path}.{self.path}"
         return StateSerializationError(f"{inside}: {reason}", context_id=self.context_id, path=inside)
@@ -96,10 +95,10 @@ class StateUnavailableError(StateError, ConnectionError):
 
 
 class StateOutcomeUnknownError(StateUnavailableError):
-    """The store stopped answering after the change was handed to it: it may or may not have happened.
+    """The store did not answer after the change was sent: it may or may not have been applied.
 
-    Make the same call again with ``commit_id=error.commit_id``: it is applied at most once, and answers as the first
-    time.
+    Make the same call again with ``commit_id=error.commit_id``: it is applied at most once, and returns the same
+    result.
     """
 
     def __init__(self, message: str, *, context_id: str | None = None, commit_id: str | None = None) -> None:
@@ -108,15 +107,15 @@ class StateOutcomeUnknownError(StateUnavailableError):
 
 
 class StateTimeoutError(StateError, TimeoutError):
-    """Waited in vain for a lock, a lease or a place in the queue. The call was *not done*."""
+    """A lock, a lease or a place in the queue was not available in time. The call was *not done*."""
 
 
 class StateCorruptedError(StateError):
-    """What is stored cannot be understood. It was left as it is, and nothing is written over it."""
+    """The stored data is damaged. It was left as it is, and is not overwritten."""
 
 
 class ContextNotFoundError(StateError, LookupError):
-    """The context that the call needs does not exist. The store was read, and there was nothing."""
+    """The context that the call needs does not exist. The store could be read."""
 
 
 class StateConflictError(StateError):
@@ -128,4 +127,4 @@ class TurnLostError(StateConflictError):
 
 
 class StateAccessError(StateError, PermissionError):
-    """The context belongs to another user, or to nobody while the caller is bound to one. Nothing was changed."""
+    """The context belongs to another user, or has no owner while the caller is bound to a user. Nothing was changed."""

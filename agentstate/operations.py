@@ -1,9 +1,9 @@
-"""All that can be asked of a context, as data.
+"""The operations of a storage, as data.
 
-A documented call compiles to one or a few of these small immutable values, and a storage's `execute` carries them
-out. Values, messages and metadata are opaque here: each is the UTF-8 JSON text (`bytes`) that `agentstate.codec`
-made, so a storage never needs to parse what a user stored. Times are whole microseconds since 1970 (UTC); durations
-are seconds; `deadline` is a reading of `time.monotonic()` after which no attempt may start.
+A documented call compiles to one or a few of these small immutable values, and a storage's `execute` executes them.
+Values, messages and metadata are opaque here: each is UTF-8 JSON text (`bytes`) made by `agentstate.codec`, so a
+storage never needs to parse what a user stored. Times are whole microseconds since 1970 (UTC); durations are seconds;
+`deadline` is a reading of `time.monotonic()` after which no attempt may start.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 NEVER: Final = float("inf")
 
 LONGEST: Final = 3.2e9
-"""Seconds, a hundred years: who asks for more gets this, which every clock, lock and server can still count."""
+"""Seconds, a hundred years. Longer durations are reduced to this, which every clock, lock and server can represent."""
 
 MOST: Final = 2**53
-"""Messages: who asks for more gets this, which every server can still count, its scripts included."""
+"""Messages. Larger counts are reduced to this, which every server and its scripts can represent."""
 
 
 Answer: TypeAlias = bytes
-"""JSON text of a change's answer; ``b""`` where there is none."""
+"""The JSON text of a change's answer; ``b""`` for none."""
 
 
 class Space(Enum):
@@ -38,20 +38,20 @@ class Space(Enum):
 class Create(NamedTuple):
     """Make the context exist. Claims an ownerless one for `user_id`; another owner is a `StateAccessError`.
 
-    On an existing context that needs no claim it changes nothing at all, neither `updated_at` nor revision.
+    An existing context that is not claimed is not changed: neither `updated_at` nor the revision.
     """
 
     user_id: str | None = None
 
 
 class Restore(NamedTuple):
-    """Make an absent context exist with the past of another one (fork, import). First change of its commit.
+    """Create a context with the past of another one (fork, import). Must be the first change of its commit.
 
     `start` becomes `history_start`. `created`, `updated` and `revision` are set as given; None means now, now and 1.
-    `expires` is when the context expires if nothing is written to it; None means what the storage's ttl says.
+    `expires` is when the context expires if nothing is written to it; None means that the storage's ttl applies.
 
-    A history that is too long for one commit follows in further ones, which begin with the same change: of an existing
-    context it sets the owner, `updated` and `expires`, and nothing else.
+    A history that is too long for one commit continues in further ones that begin with the same change: on an existing
+    context it only sets the owner, `updated` and `expires`.
     """
 
     user_id: str | None
@@ -78,7 +78,7 @@ class Append(NamedTuple):
 
 
 class Put(NamedTuple):
-    """Set keys of a space. With `replace`, all keys that are not named are removed."""
+    """Set keys of a space. With `replace`, all other keys are removed."""
 
     space: Space
     items: tuple[tuple[str, bytes], ...]
@@ -86,7 +86,7 @@ class Put(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Remove one key of a space. Answers true if it was there. Creates no context."""
+    """Remove one key of a space. Answers true if it existed. Does not create the context."""
 
     space: Space
     key: str
@@ -95,7 +95,7 @@ class Drop(NamedTuple):
 class Increment(NamedTuple):
     """Add the JSON number `by` to a variable, with Python's arithmetic; absent counts as 0. Answers the new value.
 
-    A variable that is no number is a `StateConflictError`.
+    A variable that is not a number is a `StateConflictError`.
     """
 
     key: str
@@ -103,25 +103,25 @@ class Increment(NamedTuple):
 
 
 class Trim(NamedTuple):
-    """Keep only the last `keep` messages: raises `history_start`. Creates no context."""
+    """Keep only the last `keep` messages: raises `history_start`. Does not create the context."""
 
     keep: int
 
 
 class Pop(NamedTuple):
-    """Remove the last `n` messages. Answers them, oldest first, as a JSON list. Creates no context."""
+    """Remove the last `n` messages. Answers them, oldest first, as a JSON list. Does not create the context."""
 
     n: int
 
 
 class Delete(NamedTuple):
-    """Remove the context with all it holds; remembered commit ids outlive it. Answers true if it existed."""
+    """Remove the context with all its data, except remembered commit ids. Answers true if it existed."""
 
 
 Change: TypeAlias = Create | Restore | Own | Append | Put | Drop | Increment | Trim | Pop | Delete
 
 CREATING: Final = (Create, Restore, Own, Append, Put, Increment)
-"""The changes that make an absent context exist. A commit of only other changes leaves it absent."""
+"""The changes that create an absent context. A commit of only other changes leaves it absent."""
 
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ class Commit(NamedTuple):
     """One atomic change to one context. Outcome: the `Answer` of the last change that has one, else `answer`.
 
     Checked in this order, all in the same atomic step as the change: the owner, a remembered `commit_id` (the first
-    outcome is answered again), the fence, `absent`, `idle_for`, `expect`, and then what each change requires.
-    A commit takes effect whole or raises and changes nothing. One without changes looks its id up.
+    outcome is answered again), the fence, `absent`, `idle_for`, `expect`, and then the conditions of each change.
+    A commit is applied completely, or raises and changes nothing. A commit without changes only looks its id up.
     """
 
     context_id: str
@@ -174,10 +174,10 @@ class Query(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """Take, renew or give back the lease of a context's turn. Outcome: True if `token` holds it (held it) now.
+    """Take, renew or release the lease of a context's turn. Outcome: whether `token` holds it, or held it.
 
-    ``take`` succeeds where nobody holds it, or `token` does. The lease is not state: it creates no context and
-    touches neither `updated_at`, ttl nor revision.
+    ``take`` succeeds if the lease is free or `token` holds it. The lease is not state: it does not create the context
+    and changes neither `updated_at` nor ttl nor revision.
     """
 
     context_id: str
@@ -209,15 +209,15 @@ Operation: TypeAlias = Commit | Query | Lease | Listing
 # --- outcomes -------------------------------------------------------------------------------------------------------
 
 ALREADY_APPLIED: Final[Answer] = b"!"
-"""Stands for a remembered commit's answer that was too large to keep."""
+"""Replaces the answer of a remembered commit that was too large to keep."""
 
 
 CHANGED: Final[Answer] = b"?"
-"""Answered by a commit whose `expect` was not met: nothing was changed, and its id is not remembered."""
+"""The answer of a commit whose `expect` was not met: nothing was changed, and its id is not remembered."""
 
 
 class Snapshot(NamedTuple):
-    """What a `Query` read. `messages` are those at positions `first`, `first` + 1, ...; the history is
+    """The result of a `Query`. `messages` are those at positions `first`, `first` + 1, ...; the history is
     [`start`, `end`). `expires` is when the context expires, None for never."""
 
     user_id: str | None
@@ -246,17 +246,17 @@ Outcome: TypeAlias = Answer | Snapshot | Page | bool | None
 # --- rules that every backend shares --------------------------------------------------------------------------------
 
 REMEMBERED_COMMITS: Final = 64
-"""A context remembers at least its last so many commit ids."""
+"""The number of last commit ids that a context remembers at least."""
 
 REMEMBER_CLEARED: Final = 600.0
-"""Seconds for which the commit ids of a cleared context are kept."""
+"""Seconds for which the commit ids of a cleared context are remembered."""
 
 LARGEST_KEPT_ANSWER: Final = 4096
 """Bytes; a larger answer is remembered as `ALREADY_APPLIED`."""
 
 
 def kept_answer(answer: Answer) -> Answer:
-    """What is remembered of an answer."""
+    """The form in which an answer is remembered."""
     return answer if len(answer) <= LARGEST_KEPT_ANSWER else ALREADY_APPLIED
 
 

@@ -235,22 +235,27 @@ def get_context_manager(
 def shared_context(backend: str, options: Mapping[str, Any], *, blocking: bool) -> Manager:
     """The shared instance for exactly these options."""
     key = _identity(storage_class(backend), options)
+    make = _context_class(blocking)  # imported before the lock is taken: a fork may happen meanwhile
     with _lock:
         shared = _shared.get(key)
         if shared is None or shared.storage.closed:
             shared = _shared[key] = _Shared(_new_storage(backend, options), {})
         context = shared.contexts.get(blocking)
         if context is None:
-            context = shared.contexts.setdefault(blocking, new_context(shared.storage, blocking))
+            context = shared.contexts.setdefault(blocking, make(shared.storage))
         return context
 
 
 def new_context(storage: StateStorage, blocking: bool) -> Manager:
-    if blocking:
-        return SyncConversationContext(storage)
-    from .aio import ConversationContext
+    return _context_class(blocking)(storage)
 
-    return ConversationContext(storage)
+
+def _context_class(blocking: bool) -> type[SyncConversationContext] | type[ConversationContext]:
+    if blocking:
+        return SyncConversationContext
+    from .aio import ConversationContext  # late: blocking programs do not import asyncio
+
+    return ConversationContext
 
 
 # --- the configuration file -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a conversation is: `ConversationState` and `Message`, and the rules of both that need no storage."""
+"""The data of a conversation: `ConversationState` and `Message`, and their conversions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Message(TypedDict):
 
 @dataclass
 class ConversationState:
-    """All of one conversation at one moment: a copy, so changing it changes nothing stored.
+    """A copy of a conversation at one moment: changing it does not change what is stored.
 
-    `history` holds the messages from position `history_start` + (what a `history_limit` left out) on, oldest first.
-    Positions are absolute: trimming raises `history_start` and never renumbers. `revision` grows by one with every
-    commit to the context. `created_at` and `updated_at` are aware datetimes in UTC.
+    `history` contains the messages, oldest first. Its first message is at position `history_start`, or later if a
+    `history_limit` left messages out. Positions are absolute: trimming raises `history_start` and never renumbers.
+    `revision` grows by one with every commit to the context. `created_at` and `updated_at` are aware datetimes in UTC.
     """
 
     context_id: str
@@ -42,7 +42,7 @@ class ConversationState:
     revision: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as JSON values, with the field names and order that AgentUp's documents have."""
+        """The state as JSON values, with the field names and order of AgentUp's documents."""
         return {
             "context_id": self.context_id,
             "user_id": self.user_id,
@@ -57,9 +57,9 @@ class ConversationState:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversationState:
-        """The inverse of `to_dict`; reads documents written by AgentUp too (naive times are UTC).
+        """The inverse of `to_dict`. Reads documents written by AgentUp, too (naive times are UTC).
 
-        Raises KeyError or ValueError where `data` is not such a document.
+        Raises KeyError or ValueError if `data` is not such a document.
         """
         return cls(
             context_id=data["context_id"],
@@ -75,16 +75,16 @@ class ConversationState:
 
 
 def parse_time(text: str) -> datetime:
-    """An ISO 8601 time as an aware datetime in UTC. AgentUp wrote naive UTC times; they are taken as such."""
+    """An ISO 8601 time as an aware datetime in UTC. Naive times, as AgentUp writes them, are in UTC."""
     time = datetime.fromisoformat(text)
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def to_microseconds(time: datetime) -> int:
-    """Microseconds since 1970 of an aware datetime, exactly (a float of seconds would round)."""
+    """An aware datetime as microseconds since 1970, exactly (a float of seconds would be rounded)."""
     return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def from_microseconds(microseconds: int) -> datetime:
-    """The aware datetime in UTC of so many microseconds since 1970, exactly."""
+    """Microseconds since 1970 as an aware datetime in UTC, exactly."""
     return _EPOCH + timedelta(0, 0, microseconds)

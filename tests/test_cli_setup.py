@@ -105,7 +105,7 @@ def test_validate_reports_that_state_management_is_off(tmp_path: Path) -> None:
     (tmp_path / "agent_config.yaml").write_text("state_management:\n  enabled: false\n  backend: memory\n")
     ran = run("validate", cwd=tmp_path)
     assert ran.code == 0
-    assert "switched off" in ran.err
+    assert "is disabled by `enabled: false`" in ran.err
 
 
 def test_validate_reports_what_is_not_installed(tmp_path: Path) -> None:

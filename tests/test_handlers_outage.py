@@ -253,6 +253,32 @@ def test_what_is_wrong_with_one_conversation_is_no_outage_for_the_others(tmp_pat
     assert sorted(storage.asked) == ["a", "b", "c"]  # each has looked for itself
 
 
+class SoftTimeLimitError(Exception):
+    """As the handler of a signal raises it in the middle of anything."""
+
+
+def test_an_exception_of_a_signal_handler_passes_and_the_next_call_looks_again() -> None:
+    class Interrupted(InMemoryStorage):
+        interrupts = 2
+
+        def execute(self, operations: Any, settle: Any) -> None:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise SoftTimeLimitError
+            super().execute(operations, settle)
+
+    storage = Interrupted()
+    options: Any = {"on_unavailable": "ephemeral", "serialize_turns": True}
+    handler = stateful(storage, **options)(lambda task, context: context.degraded)
+    async_handler = stateful(storage, **options)(answer_degraded)
+    with pytest.raises(SoftTimeLimitError):
+        handler(TASK)
+    with pytest.raises(SoftTimeLimitError):
+        asyncio.run(async_handler(TASK))
+    assert handler(TASK) is False
+    assert asyncio.run(async_handler(TASK)) is False
+
+
 class TestConfigured:
     """By the file, for all handlers."""
 

@@ -583,13 +583,28 @@ def test_an_interrupt_while_the_turn_is_taken_does_not_keep_it() -> None:
     wait_until(lambda: is_free(storage), "the turn is given back")
 
 
+@pytest.mark.parametrize(("timeout", "seconds"), [(0, 1.0), (0.1, 1.0), (2, 2.0), (60, 5.0), (None, 5.0)])
+def test_the_store_is_asked_no_longer_than_the_turn_is_waited_for(timeout: float | None, seconds: float) -> None:
+    class Asked(InMemoryStorage):
+        def execute(self, operations: Any, settle: Any) -> None:
+            deadlines.extend(each.deadline for each in operations if isinstance(each, Lease) and each.action == "take")
+            super().execute(operations, settle)
+
+    deadlines: list[float] = []
+    context = SyncConversationContext(Asked(deadline=5.0))
+    before = time.monotonic()
+    with context.turn("a", timeout=timeout):
+        after = time.monotonic()
+    assert before + seconds <= deadlines[0] <= after + seconds
+
+
 def test_waiting_in_vain_is_an_error_and_the_handler_has_not_run(
     storage: InMemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
     monkeypatch.setattr(batches.Turn, "__init__", impatient(batches.Turn.__init__))
     steal(storage)
-    with pytest.raises(StateTimeoutError, match=r"waited 0\.1 s in vain for the turn on 'alice'"):
+    with pytest.raises(StateTimeoutError, match=r"the turn on 'alice' was not available within 0\.1 s"):
         stateful(storage, serialize_turns=True)(lambda task, context_id: runs.append(1))(TASK)
     assert not runs
 

@@ -2,12 +2,12 @@
 
     from agentstate.config import load_config
 
-    config = load_config()          # what the file says, checked; the defaults where there is no file
+    config = load_config()          # the checked configuration; defaults if there is no file
     config.backend                  # "valkey"
-    config.options()                # {"url": "valkey://localhost:6379", "ttl": 3600}: what the file sets, nothing else
+    config.options()                # {"url": "valkey://localhost:6379", "ttl": 3600}: only what the file sets
 
-`model` describes every key once; checking, `config_table` and `json_schema` are made from that description. `loader`
-finds the file, `tree` turns its text into nodes that know their lines, `reader` turns those into a `StateConfig`.
+`model` describes every key once; checks, `config_table` and `json_schema` are derived from that description. `loader`
+finds the file, `tree` parses its text into nodes with line numbers, `reader` turns these into a `StateConfig`.
 Editors check and complete the file with the schema in `agentstate/agent_config.schema.json`.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["BACKENDS", "CONFIG_NAMES", "CONFIG_VARIABLE", "StateConfig", "config
 
 
 def __getattr__(name: str) -> Any:
-    # What makes documents is not for those who only read their configuration.
+    # Loaded on first use: only documentation needs them.
     if name not in ("config_table", "json_schema"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import reference

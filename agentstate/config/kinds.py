@@ -1,4 +1,4 @@
-"""The kinds of values that stand behind a key: how each is read, and how it is described."""
+"""The kinds of values of the keys: how each is converted, and how it is described."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?")
 
 
 class RefusedError(ValueError):
-    """Not such a value. Its text, if any, is what was probably meant."""
+    """The value is not of the kind. The message, if any, is what was probably meant."""
 
 
 class Kind(NamedTuple):
-    """What can stand behind a key.
+    """A kind of value.
 
-    `convert` takes the text of a YAML scalar, or a Python value, and raises `RefusedError` for whatever does not fit;
-    `expects` completes "must be ..."; `example` is YAML that fits; `schema` is JSON Schema's word for it.
+    `convert` takes the text of a YAML scalar, or a Python value, and raises `RefusedError` for any other value;
+    `expects` completes "must be ..."; `example` is valid YAML; `schema` is its JSON Schema.
     """
 
     convert: Callable[[object], Any]
@@ -46,7 +46,7 @@ def _number(value: object) -> int | float:
                 return int(value)
             if _FRACTION.fullmatch(value):
                 return float(value)
-        except ValueError:  # more digits than Python reads
+        except ValueError:  # more digits than Python converts
             pass
         raise RefusedError
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -62,7 +62,7 @@ def _seconds(value: object) -> float:
     try:
         if number > 0 and isfinite(number):
             return number
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         pass
     raise RefusedError
 

@@ -19,15 +19,14 @@ def load_config(
 ) -> StateConfig:
     """The state section of the configuration file, checked.
 
-    Looks for `path`, else for the file that `$AGENTSTATE_CONFIG` names, else for `agent_config.yaml` and then
-    `agentup.yml` in the working directory. A file that was named must exist; where none was and there is none, the
-    answer is the default configuration (the file backend with its own defaults), whose `source` is None. So it is for a
-    file without a state section, except that `source` is the file.
+    Reads `path`, or the file named by `$AGENTSTATE_CONFIG`, or `agent_config.yaml` or `agentup.yml` in the working
+    directory. A named file must exist. Without a file, the result is the default configuration (the file backend with
+    its defaults), whose `source` is None. The same holds for a file without a state section, with its path as `source`.
 
-    `known_backends` are the backends of third parties by name, each with the names of its options, or None if any will
-    do. Without it, any name that does not look like a misspelt one is taken for a third party's backend.
+    `known_backends` are the backends of third parties by name, each with the names of its options, or None if they are
+    not known. Without it, any name that is not similar to a built-in backend is taken for a third party's.
 
-    Raises StateConfigError, whose `problems` are all that is wrong, each with file and line.
+    Raises StateConfigError, whose `problems` are all problems found, each with file and line.
     """
     found = _find(path)
     if found is None:

@@ -14,7 +14,7 @@ _VARIABLE = {"type": "string", "pattern": r"\$\{"}
 
 def config_table() -> str:
     """All keys of the section as a table in Markdown."""
-    rows = [("key", "backend", "value", "without it", "meaning"), ("---",) * 5]
+    rows = [("key", "backend", "value", "default", "meaning"), ("---",) * 5]
     for name, key in KEYS.items():
         value = key.kind.expects + (", or `null`" if key.nullable else "")
         rows.append((f"`{name}`", _backends(key), value, _without(key), key.meaning))
@@ -36,8 +36,8 @@ def _without(key: Key) -> str:
 def json_schema() -> dict[str, Any]:
     """A JSON Schema (draft 7) of `agent_config.yaml`, as far as the file is about state.
 
-    It is about the values that YAML gives, so where `load_config` reads a number or a word with or without quotes, an
-    editor asks for the usual form. It cannot know what a variable holds, nor which keys contradict each other.
+    It describes the values of the parsed YAML: where `load_config` accepts a number or a word with or without quotes,
+    an editor expects the usual form. It knows neither the values of variables nor which keys exclude each other.
     """
     sections = {name: {"$ref": "#/definitions/section"} for name in SECTIONS}
     override = {"items": {"properties": {"state_override": {"$ref": "#/definitions/override"}}}}
@@ -57,7 +57,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _section(*, required: bool) -> dict[str, Any]:
-    """The schema of a section; with `required`, of one that stands for itself, else of one that overrides another."""
+    """The schema of a section; without `required`, of one that overrides another."""
     own = {name: _value(name, key) for name, key in KEYS.items() if not key.backends}
     if required:
         own["skill_overrides"]["additionalProperties"] = {"$ref": "#/definitions/override"}
@@ -91,7 +91,7 @@ def _options(keys: Mapping[str, Key], *, but: Collection[str] = ()) -> dict[str,
 
 
 def _value(name: str, key: Key) -> dict[str, Any]:
-    """The schema of one value: of the kind that it has, or text with a variable in it, whose value nobody knows yet."""
+    """The schema of a value: its kind, or text that contains a variable."""
     about: dict[str, Any] = {"description": _plain_text(_about(name, key))}
     if key.default is not None:
         about["default"] = key.default
@@ -110,7 +110,7 @@ def _about(name: str, key: Key) -> Iterable[str]:
     yield key.meaning
     yield f"Must be {key.kind.expects}."
     if without := key.without or (str(key.default) if key.default is not None else ""):
-        yield f"Without it: {without}."
+        yield f"Default: {without}."
 
 
 def _plain_text(sentences: Iterable[str]) -> str:
@@ -118,5 +118,5 @@ def _plain_text(sentences: Iterable[str]) -> str:
 
 
 def schema_text() -> str:
-    """The schema as it is shipped."""
+    """The text of the shipped schema."""
     return json.dumps(json_schema(), indent=2) + "\n"

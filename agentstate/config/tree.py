@@ -1,7 +1,7 @@
-"""YAML text as nodes that know their lines, read within limits that no hostile file can stretch.
+"""Parses YAML text into nodes with line numbers, within limits that hold for hostile files.
 
-The text is taken from the parser event by event, and nothing is built from tags, so there is no depth to overflow, no
-object to smuggle in, and no alias that costs more than the number which says how large it would be.
+The text is read from the parser event by event, and no objects are built from tags. So neither deep nesting nor tags
+nor aliases can do harm: an alias is not copied, only its size is counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WIDE_MARKS: Final = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 
 
 class UnreadableError(Exception):
-    """The text cannot be read any further. `line` counts from 1; 0 means the file as a whole."""
+    """The text cannot be parsed any further. `line` counts from 1; 0 means the whole file."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -36,9 +36,9 @@ class UnreadableError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A scalar with its `text`, a list of `children`, or a map whose `children` are keys and values in turn.
+    """A scalar with its `text`, a list with `children`, or a map whose `children` are its keys and values alternately.
 
-    `tag` is the type that YAML sees in a scalar ("str", "int", "null", ...). `plain` scalars stand without quotes.
+    `tag` is the YAML type of a scalar ("str", "int", "null", ...). A `plain` scalar is not quoted.
     """
 
     kind: Literal["scalar", "list", "map"]
@@ -57,7 +57,7 @@ class Node:
 def decode(data: bytes) -> str:
     """The text of a file: UTF-8, with or without a byte order mark. Raises UnreadableError."""
     if len(data) > MAX_BYTES:
-        raise UnreadableError(0, f"larger than {MAX_BYTES:,} bytes, which no configuration is")
+        raise UnreadableError(0, f"larger than {MAX_BYTES:,} bytes, the maximum for a configuration")
     if data.startswith(_WIDE_MARKS):
         raise UnreadableError(1, "this is UTF-16 or UTF-32: save the file as UTF-8")
     try:
@@ -67,14 +67,14 @@ def decode(data: bytes) -> str:
         raise UnreadableError(line, f"byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8") from None
     if culprit := _NOT_ALLOWED.search(text):
         line = text.count("\n", 0, culprit.start()) + 1
-        raise UnreadableError(line, f"character U+{ord(culprit[0]):04X} has no place in YAML: is this a text file?")
+        raise UnreadableError(line, f"character U+{ord(culprit[0]):04X} is not allowed in YAML: is this a text file?")
     return text
 
 
 def parse(text: str) -> tuple[Node | None, list[tuple[int, str]]]:
-    """The root node of the only document, None for an empty one, and what is wrong with the text, each with its line.
+    """The root node of the document (None if it is empty), and the problems of the text, each with its line.
 
-    Raises UnreadableError where it cannot go on.
+    Raises UnreadableError if the text cannot be parsed.
     """
     import yaml
 
@@ -82,7 +82,7 @@ def parse(text: str) -> tuple[Node | None, list[tuple[int, str]]]:
     try:
         return _compose(yaml.parse(text, Loader=loader))
     except yaml.YAMLError as error:
-        # The error shows a piece of the text, which may hold a password; so it is neither quoted nor chained.
+        # The error quotes the text, which may contain a password: it is neither shown nor chained.
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "the text cannot be parsed"
         place = _place(text, mark)
@@ -90,8 +90,8 @@ def parse(text: str) -> tuple[Node | None, list[tuple[int, str]]]:
 
 
 def scalar(text: str, tag: str = "", *, plain: bool = False) -> Any:
-    """What `yaml.safe_load` makes of a scalar, where that is a plain value; a date stays text. With `plain`, the tag is
-    the one that the text would have without quotes. Raises ValueError.
+    """The value of a scalar as `yaml.safe_load` reads it, if that is a plain value; a date stays text. With `plain`,
+    the tag is that of the unquoted text. Raises ValueError.
     """
     import yaml
 
@@ -102,9 +102,9 @@ def scalar(text: str, tag: str = "", *, plain: bool = False) -> Any:
         try:
             return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(_TAG + tag, text))
         except (ValueError, LookupError):
-            raise ValueError(f"this is not the text of a {tag}") from None
+            raise ValueError(f"this is not a valid {tag}") from None
     if tag == "binary":
-        raise ValueError("a configuration has no binary values")
+        raise ValueError("binary values are not supported")
     return text
 
 
@@ -114,14 +114,14 @@ def _compose(events: Any) -> tuple[Node | None, list[tuple[int, str]]]:
     resolver: Any = yaml.resolver.Resolver()
     problems: list[tuple[int, str]] = []
     finished: dict[str, Node] = {}
-    opened: list[tuple[Node, str | None]] = [(Node("list", 0), None)]  # the first one's only child is the root
+    opened: list[tuple[Node, str | None]] = [(Node("list", 0), None)]  # the root is the only child of the first
     documents = size = 0
     for event in events:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                problems.append((line, "a second document begins here, but a configuration is one: remove the `---`"))
+                problems.append((line, "a second document begins here: remove the `---`"))
                 break
         if isinstance(event, yaml.CollectionEndEvent):
             node, anchor = opened.pop()
@@ -132,13 +132,13 @@ def _compose(events: Any) -> tuple[Node | None, list[tuple[int, str]]]:
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in finished:
-                raise UnreadableError(line, "`*` begins an alias, and this one stands for nothing: quote the text")
+                raise UnreadableError(line, "`*` begins an alias, and this one is not defined: quote the text")
             node = finished[event.anchor]
             _close(opened[-1][0], node)
         else:
-            finished.pop(event.anchor or "", None)  # while a node is open, an alias to it would be a circle
+            finished.pop(event.anchor or "", None)  # an alias to a node that is still open would be a cycle
             if event.tag and event.tag != "!" and event.tag not in _SAFE_TAGS:
-                problems.append((line, f"{_named(event.tag)} makes no plain value: remove the tag, or quote the text"))
+                problems.append((line, f"{_named(event.tag)} is not supported: remove the tag, or quote the text"))
             node = _opened(event, line, resolver)
             if node.kind != "scalar":
                 opened.append((node, event.anchor))
@@ -148,7 +148,7 @@ def _compose(events: Any) -> tuple[Node | None, list[tuple[int, str]]]:
                     finished[event.anchor] = node
         size += node.size
         if size > MAX_NODES:
-            raise UnreadableError(line, f"more than {MAX_NODES:,} values, those behind aliases counted at each use")
+            raise UnreadableError(line, f"more than {MAX_NODES:,} values; those of aliases are counted at each use")
         if len(opened) + node.depth - 1 > MAX_DEPTH:
             raise UnreadableError(line, _TOO_DEEP)
     return next(iter(opened[0][0].children), None), problems
@@ -170,7 +170,7 @@ def _close(parent: Node, child: Node) -> None:
 
 
 def _named(tag: str) -> str:
-    # A tag of another kind may be a password that begins with "!".
+    # Any other tag may be a password that begins with "!".
     return f"`!!{tag.removeprefix(_TAG)}`" if tag.startswith(_TAG) else "a `!tag`"
 
 
@@ -181,14 +181,14 @@ def _place(text: str, mark: Any) -> str:
 
 def _explained(problem: str, character: str) -> str:
     if character == "\t":
-        return "this line begins with a tab: YAML is indented with spaces"
+        return "this line is indented with a tab: use spaces"
     if character == "@":
-        return "`@` begins no value in YAML: quote the text. A decorator belongs into the Python module"
+        return "a value must not begin with `@`: quote the text. A decorator belongs in the Python module"
     if character in ("%", "`"):
-        return f"`{character}` begins no value in YAML: quote the text"
+        return f"a value must not begin with `{character}`: quote the text"
     problem = _LONG_QUOTE.sub("'...'", problem)
     if "maximum nesting depth" in problem:  # libyaml has a limit of its own, from 0.2.6 on
         return _TOO_DEEP
     if "mapping values are not allowed" in problem:
-        return "there is a `:` too many, or the indentation is wrong: quote text that holds `: `"
+        return "unexpected `:`, or wrong indentation: quote text that contains `: `"
     return f"this is not YAML: {problem}; look at the indentation, brackets and quotes here and above"

@@ -1,4 +1,4 @@
-"""Conversations in the memory of this process: the fastest backend, and gone at its exit."""
+"""Conversations in the memory of this process: the fastest backend. They are lost when it exits."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _COMPACT: Final = 64
 
 
 class _Context(Image):
-    """A context as one commit left it. Nothing in it changes: the next commit makes another one, and puts it into its
-    place by a single assignment, so that an exception or a fork in the middle finds the one before.
+    """A context after a commit. It is immutable: the next commit creates another one and replaces it by a single
+    assignment, so that an exception or a fork in the middle of a commit leaves the previous one in place.
 
-    The list of messages is shared by all of them. The positions from `start` to `end` are those of this one, and
-    `base` is the position of the list's first message. Only what is behind `end` may be changed: a commit removes what
-    one before it took off, or left behind when it was interrupted, and appends.
+    All versions of a context share one list of messages. The messages of this version are those from position `start`
+    to `end`; `base` is the position of the first message of the list. Only the messages behind `end` may be changed: a
+    commit removes those that were popped, or left behind by an interrupted commit, and appends its own.
 
     Remembered commits are a chain of `(id, answer, the commit before, how many)`. `forget_at`: when an absent context
     may be forgotten entirely (`time.monotonic`; None: as long as it lives).
@@ -98,7 +98,7 @@ class _Context(Image):
     def with_added(self, commit: Commit, now: int, ttl: float | None) -> _Context:
         """The context after a commit that `only_adds`.
 
-        Nearly all commits do: this is what `resolve` and `after` make of them, in half the time.
+        Nearly all commits do. The result is that of `resolve` and `after`, in half the time.
         """
         new = _Context.__new__(_Context)
         new.exists = True
@@ -130,7 +130,7 @@ class _Context(Image):
         return new
 
     def append(self, messages: Sequence[bytes]) -> None:
-        """Of a new context: append messages, behind those that it shares with others."""
+        """Append messages to a version that is not in place yet, behind those that it shares with others."""
         own = self.messages
         size = self.end - self.base
         if len(own) > size:
@@ -233,13 +233,13 @@ class InMemoryStorage(StateStorage):
         while True:
             context = self._contexts.get(query.context_id)
             if context is None or not context.exists:
-                self.check_open()  # closing empties the store
+                self.check_open()  # `close` empties the store
                 return None
             if context.expires is not None and context.expires <= now_microseconds():
                 return None
             check_owner(context, query.user, query.context_id)
             snapshot = context.snapshot(query, context.read)
-            # Messages that were popped may have been overwritten meanwhile: then it is read again.
+            # Popped messages may have been overwritten meanwhile: read again then.
             if self._contexts.get(query.context_id) is context:
                 return snapshot
 
@@ -264,7 +264,7 @@ class InMemoryStorage(StateStorage):
         return answer
 
     def _sweep(self, now: int) -> None:
-        """Forget what expired or was cleared long ago; so seldom that it costs nothing per commit."""
+        """Remove what expired or was cleared long ago. Called so rarely that its cost per commit is negligible."""
         monotonic = time.monotonic()
         for context_id, context in list(self._contexts.items()):
             if context.exists and not context.lives(now):
@@ -292,12 +292,11 @@ class InMemoryStorage(StateStorage):
         return True
 
     def _list(self, listing: Listing) -> Page:
-        # Insertion order of the dict is the order of the cursor: how many keys were passed so far cannot be trusted
-        # once keys disappear, so a listing is taken whole. Ids are shared strings: 8 bytes each.
+        # One page: a position in the dict would be wrong once keys are removed. Ids are shared strings: 8 bytes each.
         now = now_microseconds()
         wanted = partial(_listed, listing=listing, now=now)
         ids = tuple(context_id for context_id, context in list(self._contexts.items()) if wanted(context))
-        self.check_open()  # closing empties the store
+        self.check_open()  # `close` empties the store
         return Page(ids, None)
 
     def telemetry_attributes(self) -> dict[str, str | int]:

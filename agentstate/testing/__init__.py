@@ -1,4 +1,4 @@
-"""The contract of a storage, as tests: whoever writes a backend subclasses `StorageContract` and runs pytest.
+"""The contract of a storage as tests: to test a backend, subclass `StorageContract` and run pytest.
 
     import pytest
 
@@ -13,8 +13,8 @@
         def make_storage(self, **options):
             return MyStorage(self.path, **options)
 
-Every test runs through both contexts, the blocking and the awaitable one. Needs pytest and nothing else.
-`agentstate.testing.faults` needs no pytest, so the contract is imported on first use.
+Every test runs with both contexts, the blocking and the awaitable one. It requires only pytest.
+`agentstate.testing.faults` does not require it, so the contract is imported on first use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StorageContract"]
 
-# pytest rewrites only the assertions of modules that it is told of before they are imported.
+# pytest rewrites the assertions only of modules that are registered before their import.
 if "pytest" in sys.modules:
     import pytest
 

@@ -1,4 +1,4 @@
-"""Commits: atomic, and applied once however often they are made with the same id."""
+"""Commits: atomic, and applied once however often they are repeated with the same id."""
 
 # ruff: noqa: PT012 - what is refused is the end of a with block, and the block is needed for that
 
@@ -44,7 +44,7 @@ from .harness import Connect, Context, Harness, contents, fill
 
 Call = Callable[[Context, str], Any]
 
-# What a call with a commit id does and answers, on a context "a" that `prepared` made.
+# Calls with a commit id, and their results on a context "a" made by `prepared`.
 WRITES: dict[str, tuple[Call, Any]] = {
     "add_to_history": (lambda c, i: c.add_to_history("a", "user", "new", commit_id=i), None),
     "extend_history": (
@@ -250,7 +250,7 @@ class CommitTests(Harness):
         assert context.update_variable("a", "todo", take, commit_id="id-1") == []
         assert context.update_variable("a", "todo", take, commit_id="id-1") == []
         context.clear_context("a")
-        with suppress(StateConflictError):  # a backend that remembers ids alone: the answer is gone with the rest
+        with suppress(StateConflictError):  # a backend may remember only the ids of a cleared context
             assert context.update_variable("a", "todo", take, commit_id="id-1") == []
         assert len(calls) == 1
         with pytest.raises(IndexError):
@@ -290,7 +290,7 @@ class CommitTests(Harness):
         context.increment_variable("a", "n", 5, commit_id="id-2")
         context.clear_context("a")
         context.add_to_history("a", "user", "hi", commit_id="id-1")
-        with suppress(StateConflictError):  # a backend that remembers ids alone: the answer is gone with the rest
+        with suppress(StateConflictError):  # a backend may remember only the ids of a cleared context
             assert context.increment_variable("a", "n", 5, commit_id="id-2") == 5
         assert not context.exists("a")
         context.set_variable("a", "x", 1)
@@ -303,7 +303,7 @@ class CommitTests(Harness):
         oldest = REMEMBERED_COMMITS - 1
         for number in range(5 * REMEMBERED_COMMITS // 2):
             assert context.increment_variable("a", "n", commit_id=f"id-{number}") == number + 1
-            if number >= oldest:  # after every single commit, for what is forgotten may go in blocks
+            if number >= oldest:  # after every single commit: a backend may forget in blocks
                 again = number - oldest
                 assert context.increment_variable("a", "n", commit_id=f"id-{again}") == again + 1
         for again in range(number - oldest, number + 1):

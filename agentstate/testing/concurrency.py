@@ -1,4 +1,4 @@
-"""Many writers: nothing lost, nothing doubled, nothing seen half."""
+"""Concurrent writers: no commit is lost, duplicated or partly visible."""
 
 from __future__ import annotations
 

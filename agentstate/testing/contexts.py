@@ -81,7 +81,7 @@ class ContextTests(Harness):
         assert list(context.list_contexts()) == ["a"]
 
     def test_writes_return_none_unless_they_have_an_answer(self, context: Context) -> None:
-        # Dynamic on purpose: the types say so already.
+        # Untyped on purpose: type checkers would refuse it.
         calls: Any = context
         assert calls.add_to_history("a", "user", "hi") is None
         assert calls.extend_history("a", [{"role": "user", "content": "hi"}]) is None
@@ -276,4 +276,4 @@ class ContextTests(Harness):
         context.set_variable("a", "x", 1)
         snapshot = call(Query("a"))
         assert isinstance(snapshot, Snapshot)
-        assert snapshot.expires is None  # from now on it is what the storage's ttl says
+        assert snapshot.expires is None  # from now on the ttl of the storage applies

@@ -1,4 +1,4 @@
-"""All that every storage promises, in one class."""
+"""The contract of every storage, in one class."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ class StorageContract(
     ConcurrencyTests,
     StatisticsTests,
 ):
-    """Tests of the whole contract, through both contexts. Subclass it, give it `make_storage`, and run pytest."""
+    """Tests of the whole contract, with both contexts. Subclass it, implement `make_storage`, and run pytest."""

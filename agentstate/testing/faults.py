@@ -1,17 +1,17 @@
-"""A proxy that breaks connections on purpose, for the tests of backends that talk to a server.
+"""A proxy that injects faults into connections, for tests of backends that use a server.
 
     from agentstate.testing.faults import FaultProxy
 
     with FaultProxy("127.0.0.1", server_port) as proxy:
         context = SyncConversationContext(MyStorage(f"my://127.0.0.1:{proxy.port}"))
         for after in range(200):
-            proxy.cut_reply(after)  # the server has done it; its reply never arrives, or not all of it
+            proxy.cut_reply(after)  # the server executes the request; its reply does not arrive completely
             context.add_to_history("a", "user", str(after))
         assert [message["content"] for message in context.get_history("a")] == [str(n) for n in range(200)]
 
-It passes bytes on and knows no protocol. Whether the backend keeps what DESIGN calls exactly once shows in what is
-stored afterwards: every call that returned, once, in order; a call that raised StateOutcomeUnknownError at most once,
-and exactly once after the same call with the error's ``commit_id``.
+It forwards bytes, whatever the protocol. A correct backend has stored afterwards: every call that returned, exactly
+once and in order; a call that raised StateOutcomeUnknownError at most once, and exactly once after the same call with
+the error's ``commit_id``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RECEIVE: Final = 65536
 
 
 class Fault(NamedTuple):
-    """What happens to the bytes that come next. See the methods of `FaultProxy`."""
+    """What happens to the next bytes. See the methods of `FaultProxy`."""
 
     kind: Literal["request", "reply", "late", "slow", "drop request", "drop reply"]
     after: int = 0
@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 
 
 class _Pair:
-    """A client's connection, and the one to the server that it is passed on to."""
+    """A client's connection, and the connection to the server that it is forwarded to."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client: socket.socket | None = client
@@ -45,11 +45,11 @@ class _Pair:
 
 
 class FaultProxy:
-    """Listens on `port` of 127.0.0.1 and passes everything on to a server, until it is told to do otherwise.
+    """Listens on `port` of 127.0.0.1 and forwards everything to a server.
 
-    Each of the methods that ask for a fault asks for one: it hits the next bytes that pass, on any connection, and then
-    everything is fine again. `fired` counts those that happened. `sent` and `replied` count the bytes that passed since
-    the last one was asked for. Runs in a thread of its own between ``with`` and its end.
+    Each of the methods for faults requests one fault. It affects the next bytes on any connection; afterwards the proxy
+    forwards as before. `fired` counts the faults that happened. `sent` and `replied` count the bytes forwarded since
+    the last request for a fault. Runs in a thread of its own during the ``with`` block.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -77,31 +77,31 @@ class FaultProxy:
     # --- faults
 
     def cut_request(self, after: int) -> None:
-        """Cut the connection when `after` bytes of what clients send were passed on: the server gets half a request."""
+        """Close the connection after `after` bytes of requests: the server gets an incomplete request."""
         self._ask(Fault("request", after))
 
     def cut_reply(self, after: int) -> None:
-        """Pass requests on, and cut the client off when it got `after` bytes of a reply: the server has done it."""
+        """Close the client's connection after `after` bytes of replies: the server has executed the request."""
         self._ask(Fault("reply", after))
 
     def deliver_late(self, seconds: float) -> None:
-        """Keep what a client sends next, cut the client off, and pass it on that much later: after a retry, say."""
+        """Close the client's connection at its next request, and forward that request after a delay."""
         self._ask(Fault("late", 0, seconds))
 
     def delay_reply(self, seconds: float) -> None:
-        """Pass the next reply on that much later."""
+        """Forward the next reply after a delay."""
         self._ask(Fault("slow", 0, seconds))
 
     def drop_request(self, after: int = 0) -> None:
-        """Let a connection stand, and pass nothing on any more, once `after` bytes of requests were: as a firewall."""
+        """Leave the connection open but forward nothing after `after` bytes of requests, like a firewall."""
         self._ask(Fault("drop request", after))
 
     def drop_reply(self, after: int = 0) -> None:
-        """The same once `after` bytes of replies were passed on: the server has done it."""
+        """The same after `after` bytes of replies: the server has executed the request."""
         self._ask(Fault("drop reply", after))
 
     def calm(self) -> None:
-        """Ask for no fault any more."""
+        """Cancel the requested fault."""
         self._ask(None)
 
     def _ask(self, fault: Fault | None) -> None:
@@ -113,7 +113,7 @@ class FaultProxy:
         self._fault = None
         self.fired += 1
 
-    # --- passing on
+    # --- forwarding
 
     def _run(self) -> None:
         selector = self._selector
@@ -191,7 +191,7 @@ class FaultProxy:
 
     def _to_client(self, pair: _Pair, data: bytes) -> None:
         client = pair.client
-        if client is None:  # cut off: nobody hears it
+        if client is None:  # closed: the reply is discarded
             return
         fault = self._fault
         if fault is not None and fault.kind == "slow":
@@ -202,7 +202,7 @@ class FaultProxy:
             self._fire()
             with suppress(OSError):
                 client.sendall(data[: fault.after - self.replied])
-            # In order, so that the part that was passed on arrives; a reset would throw it away.
+            # An orderly close, so that the forwarded part arrives: a reset would discard it.
             self._close(pair)
             return
         self.replied += len(data)
@@ -223,7 +223,7 @@ class FaultProxy:
                 target.sendall(data)
 
     def _cut_off(self, pair: _Pair) -> None:
-        """Cut the client off, and keep the connection to the server."""
+        """Close the client's connection, and keep the one to the server."""
         client, pair.client = pair.client, None
         if client is not None:
             self._forget(client)

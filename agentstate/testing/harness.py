@@ -1,4 +1,4 @@
-"""What the tests of the contract stand on: the hooks of a backend, and one way to drive both contexts."""
+"""The base of the contract tests: the hooks of a backend, and one interface to both contexts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..blocking import SyncConversationContext
 from ..storage.base import StateStorage
 
 Context: TypeAlias = SyncConversationContext
-"""What tests call. The awaitable context is driven so that it looks the same."""
+"""The interface of the tests. The awaitable context is wrapped to have it, too."""
 
 
 class Connect(Protocol):
-    """Makes contexts on the store of the running test."""
+    """Creates contexts on the store of the running test."""
 
     def __call__(
         self, storage: StateStorage | None = None, *, user_id: str | None = None, **options: Any
@@ -32,16 +32,16 @@ class Harness:
     """The hooks of `StorageContract`."""
 
     shared: ClassVar[bool] = True
-    """Whether all storages that `make_storage` makes during one test are on one store, so that one sees what another
-    wrote, also after that one was closed. False if each has a store of its own."""
+    """Whether all storages from `make_storage` during one test use the same store, so that each sees what the others
+    wrote, also after these were closed. False if each has a store of its own."""
 
     def make_storage(self, **options: Any) -> StateStorage:
-        """A storage with these options (those that every storage has). The store is empty when a test begins."""
+        """A storage with these options, which every storage has. The store must be empty when a test begins."""
         raise NotImplementedError("subclasses of StorageContract make their storage here")
 
     @pytest.fixture(params=["sync", "async"])
     def connect(self, request: pytest.FixtureRequest) -> Iterator[Connect]:
-        """Makes contexts: blocking ones, then awaitable ones that are driven to look as if they blocked."""
+        """Creates contexts: blocking ones, and awaitable ones with a blocking interface."""
         with ExitStack() as stack:
 
             def connect(storage: StateStorage | None = None, *, user_id: str | None = None, **options: Any) -> Context:
@@ -62,14 +62,14 @@ class Harness:
         return connect()
 
     def another(self, connect: Connect, context: Context, **options: Any) -> Context:
-        """A context on a second storage on the store of `context`. Skips the test where there is no such thing."""
+        """A context on a second storage on the store of `context`. Skips the test if stores are not shared."""
         if not self.shared:
             pytest.skip("every storage has a store of its own")
         return connect(**options)
 
 
 class Driven:
-    """An awaitable context in the clothes of a blocking one: every call is run to its end on a loop of this object."""
+    """An awaitable context with the interface of a blocking one: every call is run in an event loop of this object."""
 
     def __init__(self, context: ConversationContext) -> None:
         self.awaitable = context
@@ -113,7 +113,7 @@ class Driven:
 
 
 class _DrivenManager:
-    """An asynchronous context manager (a batch, a turn) in the clothes of a blocking one."""
+    """An asynchronous context manager (a batch, a turn) with the interface of a blocking one."""
 
     def __init__(self, runner: asyncio.Runner, manager: Any) -> None:
         self._runner = runner
@@ -136,7 +136,7 @@ class _DrivenManager:
 
 
 def together(context: Context, *calls: Callable[[Context], Any]) -> list[Any]:
-    """Make all calls at a time, in threads or as tasks; return what they return, or raise the first error."""
+    """Make all calls concurrently, in threads or tasks; return their results, or raise the first error."""
     driven = _driven(context)
     results = driven.run_together(calls) if driven else in_threads(context, *calls)
     for result in results:
@@ -146,7 +146,7 @@ def together(context: Context, *calls: Callable[[Context], Any]) -> list[Any]:
 
 
 def in_threads(context: Context, *calls: Callable[[Context], Any]) -> list[Any]:
-    """Make each call in a thread of its own, all through the one context; return results, and errors as values."""
+    """Make each call in a thread of its own, all with the same context; return results, and errors as values."""
     original = _driven(context)
     results: list[Any] = [None] * len(calls)
     start = threading.Barrier(len(calls))
@@ -175,7 +175,7 @@ def _driven(context: Any) -> Driven | None:
 
 
 def eventually(condition: Callable[[], bool], *, within: float = 10.0) -> bool:
-    """Whether the condition comes true in time."""
+    """Whether the condition becomes true in time."""
     end = time.monotonic() + within
     while not condition():
         if time.monotonic() > end:

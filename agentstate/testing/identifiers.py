@@ -1,4 +1,4 @@
-"""Context ids: which there can be, and that each is a conversation of its own."""
+"""Context ids: which are valid, and that each is a conversation of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writers that are killed, for the tests of backends whose conversations outlive their process.
+"""Kills writers, for tests of backends whose conversations outlive their process.
 
     from agentstate.testing.kills import KillTests
 
@@ -11,7 +11,7 @@
         def make_storage(self, **options):
             return MyStorage(self.path, **options)
 
-Needs a system that forks.
+Requires os.fork.
 """
 
 from __future__ import annotations
@@ -33,40 +33,42 @@ _BEGUN: Final = b"b"
 _DONE: Final = b"d"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.skipif(sys.platform == "win32", reason="os.fork is not available")
 class KillTests(Harness):
-    """Tests that kill writers at any moment. Subclass it, give it `make_storage`, and run pytest."""
+    """Tests that kill writers at any moment. Subclass it, implement `make_storage`, and run pytest."""
 
     kills: ClassVar[int] = 10
-    """How many writers are killed."""
+    """The number of writers that are killed."""
 
     def test_what_was_acknowledged_survives_the_kill_of_its_writer(self) -> None:
         dice = random.Random()
         stored = 0
         for number in range(self.kills):
             pid, pipe = self._start_writer(stored)
-            told = os.read(pipe, 1)
+            progress = os.read(pipe, 1)
             time.sleep(dice.random() * 0.03)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             while data := os.read(pipe, 65536):
-                told += data
+                progress += data
             os.close(pipe)
-            assert told, "the writer ended before it began"
+            assert progress, "the writer ended before it began"
             with SyncConversationContext(self.make_storage()) as context:
                 contents = [message["content"] for message in context.get_history("killed")]
                 count = context.get_variable("killed", "count", 0)
-                context.set_variable("killed", "next", number)  # nothing of the dead is in the way
+                context.set_variable("killed", "next", number)  # no lock of a killed writer is left
             assert contents == list(range(len(contents))), "lost, doubled or out of order"
             assert count == len(contents), "half a batch is stored"
-            assert stored + told.count(_DONE) <= len(contents), "an acknowledged write is lost"
-            assert len(contents) <= stored + told.count(_BEGUN), "a write is there that nobody made"
+            assert stored + progress.count(_DONE) <= len(contents), "an acknowledged write is lost"
+            assert len(contents) <= stored + progress.count(_BEGUN), "a write is there that nobody made"
             stored = len(contents)
 
     def _start_writer(self, first: int) -> tuple[int, int]:
         pipe, telling = os.pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child uses none of them
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # about forking with threads: the child does not use them
             pid = os.fork()
         if pid == 0:
             try:

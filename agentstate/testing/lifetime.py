@@ -13,7 +13,7 @@ from .harness import Connect, Context, Harness, contents, eventually, fill
 
 
 def aged(context: Context, context_id: str, hours: float, user_id: str | None = None) -> None:
-    """Make a context that was last written so long ago."""
+    """Create a context that was last written so many seconds ago."""
     then = (time.time_ns() // 1000) - int(hours * 3600 * 1_000_000)
     restore = Restore(user_id, created=then, updated=then, revision=3)
     text = b'{"role":"user","content":"old","timestamp":"","metadata":{}}'
@@ -21,7 +21,7 @@ def aged(context: Context, context_id: str, hours: float, user_id: str | None = 
 
 
 def short_lived(context: Context, context_id: str) -> None:
-    """Make a context that expires soon, whatever the storage's ttl is."""
+    """Create a context that expires soon, independently of the storage's ttl."""
     context.get_or_create("clock")
     now = context.storage.call(Query("clock"))
     assert isinstance(now, Snapshot)
@@ -164,7 +164,7 @@ class LifetimeTests(Harness):
                 longest, before = max(longest, now - before), now
             state = context.get_state(context_id)
             if longest < 1.5:
-                break  # else the machine stood still for as long as a context lives, which says nothing about it
+                break  # otherwise the machine was stalled for the lifetime of the context: try again
         assert state is not None
         assert state.created_at == born.created_at
         assert state.revision == 1 + 2 * state.variables["n"]
@@ -305,7 +305,7 @@ class LifetimeTests(Harness):
 
 
 class SyncOrAwaited:
-    """`with` for a context of either kind (`async with` is what the awaitable one has)."""
+    """`with` for both kinds of contexts (the awaitable one has `async with`)."""
 
     def __init__(self, context: Any) -> None:
         self.context = context

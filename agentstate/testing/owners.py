@@ -1,4 +1,4 @@
-"""Owners: who may touch a context, checked in the same atomic step as the operation."""
+"""Owners: who may access a context, checked in the same atomic step as the operation."""
 
 # ruff: noqa: PT012 - what is refused is the end of a with block, and the block is needed for that
 

@@ -1,4 +1,4 @@
-"""What a storage says about what it did."""
+"""The statistics of a storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .harness import Connect, Context, Harness, together
 
 
 class StatisticsTests(Harness):
-    """`statistics()`: counts that are exact, whatever the storage is made of."""
+    """`statistics()`: the counts that are exact on every storage."""
 
     def test_a_new_storage_has_done_nothing(self, connect: Connect) -> None:
         found = connect().storage.statistics()
@@ -75,7 +75,7 @@ class StatisticsTests(Harness):
             for number in range(calls):
                 context.storage.call(Query(name))
                 if number % 8 == 0:
-                    context.storage.statistics()  # looking changes nothing
+                    context.storage.statistics()  # reading it changes nothing
 
         threads = [threading.Thread(target=work, args=(f"c{number}",)) for number in range(4)]
         for thread in threads:

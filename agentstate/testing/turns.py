@@ -1,4 +1,4 @@
-"""Turns: one at a time, fenced, and gone with their holder."""
+"""Turns: one at a time, fenced, and released when their holder dies."""
 
 # ruff: noqa: PT012 - what is refused is the end of a with block, and the block is needed for that
 
@@ -15,7 +15,7 @@ from .harness import Connect, Context, Harness, contents, eventually, together
 
 
 def steal(context: Context, context_id: str, token: str) -> None:
-    """Take the lease away from its holder, as if it had expired and somebody else's turn had begun."""
+    """Take the lease away from its holder, as if it had expired and another turn had begun."""
     assert context.storage.call(Lease(context_id, "release", token, 0.0)) is True
     assert context.storage.call(Lease(context_id, "take", "thief", 30.0)) is True
 

@@ -1,4 +1,4 @@
-"""What can be stored: JSON, exactly; everything else is refused at once, with its path."""
+"""Values: JSON is stored exactly; everything else is refused at once, with its path."""
 
 from __future__ import annotations
 

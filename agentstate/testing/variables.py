@@ -195,7 +195,7 @@ class VariableTests(Harness):
 
     @staticmethod
     def write_behind(context: Context, context_id: str, key: str, value: Any) -> None:
-        """Set a variable while a call of `context` is under way (whose loop may be busy with that)."""
+        """Set a variable during a call of `context`, whose event loop may be busy with that call."""
         from ..blocking import SyncConversationContext
 
         SyncConversationContext(context.storage).set_variable(context_id, key, value)
