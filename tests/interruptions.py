@@ -65,6 +65,7 @@ def everywhere(*modules: ModuleType) -> Iterator[Callable[[Callable[[], object]]
 
             passed = 0
             before = signal.signal(signal.SIGINT, handler)
+            sys._getframe().f_trace_opcodes = True  # before: Python 3.12 and 3.13 look only once who wants such events
             sys.settrace(trace)
             try:
                 yield

@@ -130,14 +130,21 @@ def test_it_is_used_by_a_handler(registered: Path) -> None:
     get_context_manager("sqlite", path=str(registered)).close()
 
 
-def test_a_hook_that_forgets_to_wrap_its_errors_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_an_error_that_a_hook_forgets_to_wrap_is_raised_as_it_is_or_is_one_of_ours_to_whoever_waits(
+    tmp_path: Path,
+) -> None:
     class Careless(SqliteStorage):
         def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
             raise sqlite3.OperationalError("no such table")
 
-    with (
-        SyncConversationContext(Careless(tmp_path / "x.db")) as context,
-        pytest.raises(StateUnavailableError) as caught,
-    ):
-        context.get_state("a")
-    assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+    with SyncConversationContext(Careless(tmp_path / "x.db")) as context:
+        with pytest.raises(sqlite3.OperationalError):
+            context.get_state("a")
+
+    async def main() -> None:
+        async with ConversationContext(Careless(tmp_path / "x.db")) as context:
+            with pytest.raises(StateUnavailableError) as caught:
+                await context.get_state("a")
+            assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+
+    asyncio.run(main())

@@ -89,8 +89,11 @@ def pack(operation: OnContext, context_id: bytes, arguments: list[bytes]) -> boo
 
     `context_id` is packed. Every element that is added is one argument.
     """
-    if type(operation) is Commit and operation.fresh and len(operation.changes) == 1 and _pack_plainly(
-        operation, context_id, arguments
+    if (
+        type(operation) is Commit
+        and operation.fresh
+        and len(operation.changes) == 1
+        and _pack_plainly(operation, context_id, arguments)
     ):
         return False
     place = len(arguments)
