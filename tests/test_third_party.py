@@ -137,9 +137,8 @@ def test_an_error_that_a_hook_forgets_to_wrap_is_raised_as_it_is_or_is_one_of_ou
         def read_document(self, context_id: str, *, deadline: float) -> bytes | None:
             raise sqlite3.OperationalError("no such table")
 
-    with SyncConversationContext(Careless(tmp_path / "x.db")) as context:
-        with pytest.raises(sqlite3.OperationalError):
-            context.get_state("a")
+    with SyncConversationContext(Careless(tmp_path / "x.db")) as context, pytest.raises(sqlite3.OperationalError):
+        context.get_state("a")
 
     async def main() -> None:
         async with ConversationContext(Careless(tmp_path / "x.db")) as context:
