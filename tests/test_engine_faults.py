@@ -111,7 +111,7 @@ def each_storage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[StateStorage]:
     """A storage of each kind, which counts what it does at once and not later for many calls."""
-    monkeypatch.setattr(tally, "_PUT_ASIDE", 1)
+    monkeypatch.setattr(tally, "_BUFFERED", 1)
     storage: StateStorage
     if request.param.startswith("valkey"):
         server = request.getfixturevalue("valkey_9")
