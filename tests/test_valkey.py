@@ -937,7 +937,7 @@ class TestConnections:
 
     def test_a_listing_goes_to_an_end_where_its_server_is_gone(self, storage: ValkeyStorage) -> None:
         commit(storage, "a", Append((HI,)))
-        assert storage.call(Listing("9000::0")) == Page((), None)  # of a cluster whose last primaries left it
+        assert storage.call(Listing("9000::0:0")) == Page((), None)  # of a cluster whose last primaries left it
 
     def test_another_database_is_another_store(self, open_storage: Open) -> None:
         one, two = open_storage(), open_storage(db=1)

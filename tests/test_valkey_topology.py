@@ -102,6 +102,51 @@ class TestCluster:
             )
         assert set(ids(storage)) == set(names)
 
+    def test_a_listing_misses_nothing_while_slots_move(
+        self, storage: ValkeyStorage, valkey_cluster: ValkeyCluster, key_prefix: str
+    ) -> None:
+        """From a server that is still to be scanned to one that was scanned already."""
+        names = {f"n{number}" for number in range(90)}
+        for name in names:
+            storage.call(Commit(name, (Append((HI,)),), f"one-{name}"))
+        keys = KeySpace(key_prefix)
+        first, last = valkey_cluster.nodes[0], valkey_cluster.nodes[-1]
+        moving = {key_slot(keys.keys(name).state.encode()) for name in names}
+        moving = {slot for slot in moving if self._owns(last, slot)}
+        assert len(moving) > 5
+        page: Any = storage.call(Listing(size=10_000))  # of the first server, which comes first in any case
+        found = set(page.context_ids)
+        assert found
+        assert found != names
+        with last.client() as source, first.client() as target:
+            source_id, target_id = (client.execute_command("CLUSTER MYID").decode() for client in (source, target))
+            for slot in moving:
+                target.execute_command(f"CLUSTER SETSLOT {slot} IMPORTING", source_id)
+                source.execute_command(f"CLUSTER SETSLOT {slot} MIGRATING", target_id)
+            try:
+                for slot in moving:
+                    while there := source.execute_command(f"CLUSTER GETKEYSINSLOT {slot} 100"):
+                        source.execute_command("MIGRATE", HOST, first.port, "", 0, 5000, "KEYS", *there)
+                with pytest.raises(StateUnavailableError, match="slots of the cluster are being moved"):
+                    self._rest(storage, page.cursor, 1)
+            finally:
+                for slot in moving:
+                    for client in (target, source):
+                        client.execute_command(f"CLUSTER SETSLOT {slot} NODE", target_id)
+        wait_until(
+            lambda: not any(self._owns(node, slot) for node in valkey_cluster.nodes[1:] for slot in moving),
+            "all servers to know where the slots are",
+        )
+        assert found | self._rest(storage, page.cursor, 20) == names
+
+    def _rest(self, storage: ValkeyStorage, cursor: str | None, seconds: float) -> set[str]:
+        found: set[str] = set()
+        while cursor is not None:
+            page: Any = storage.call(Listing(cursor, deadline=time.monotonic() + seconds))
+            found.update(page.context_ids)
+            cursor = page.cursor
+        return found
+
     def _owns(self, node: Any, slot: int) -> bool:
         with node.client() as client:
             rows = client.execute_command("CLUSTER SLOTS")

@@ -29,7 +29,7 @@ def look_at_servers(storage: StateStorage, options: dict[str, Any]) -> Iterator[
     assert isinstance(storage, ValkeyStorage)
     deadline = time.monotonic() + storage.deadline
     try:
-        for _, pool in storage._servers.primaries(deadline):
+        for _, pool in storage._servers.primaries(deadline)[1]:
             yield from _look_at_server(pool, storage, options, deadline)
     except StateError as error:
         yield problem("connection", str(error), advice_on_connecting(error))

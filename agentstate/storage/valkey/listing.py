@@ -1,8 +1,10 @@
 """Listing the contexts on the servers, a page at a time, with SCAN.
 
-A cursor of SCAN is good for the server that gave it, and only as long as that server runs: another one, or the same one
-after a restart, would pass over keys. So ours also say which server that was, and a page of a changed one begins anew;
-an id may then be listed twice, but none is missed.
+A cursor of SCAN is valid for the server that gave it, and only as long as that server runs: another one, or the same
+one after a restart, would skip keys. So a cursor of ours also has the server's run_id, and where that has changed the
+server is scanned again. In a cluster, keys that move from a server that is still to be scanned to one that was scanned
+would be missed. So a cursor also has a checksum of the map of the slots, and where that has changed the listing begins
+again; while slots are moving, there is no page. An id may be listed twice, but none is missed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
+from ...errors import StateConfigError
 from ...keys import KeySpace
 from ...operations import Listing, Page
 from .nodes import Servers
@@ -34,8 +37,11 @@ Choose = Callable[[Connection, dict[str, bytes], int], Iterable[str]]
 
 def scan_page(servers: Servers, keys: KeySpace, cursor: str, size: int, deadline: float, choose: Choose) -> Page:
     """A page of ids. Raises LostConnectionError, ServerError or a StateError where it could not be read."""
-    slot, run_id, position = _parsed(cursor)
-    primaries = [(first, pool) for first, pool in servers.primaries(deadline) if first >= slot]
+    slot, run_id, position, topology = _parsed(cursor)
+    current, all_primaries = servers.primaries(deadline)
+    if topology != current:
+        slot, position = 0, 0
+    primaries = [(first, pool) for first, pool in all_primaries if first >= slot]
     if not primaries:
         return Page((), None)
     first, pool = primaries[0]
@@ -43,24 +49,30 @@ def scan_page(servers: Servers, keys: KeySpace, cursor: str, size: int, deadline
     try:
         if first != slot or connection.run_id != run_id:
             position = 0
+        elif position and not run_id:
+            raise StateConfigError(
+                "to list more contexts than fit into a page, the Valkey user needs a permission: "
+                "grant +info with ACL SETUSER"
+            )
         time, scanned = checked(
             connection.ask(command("TIME"), command("SCAN", position, "MATCH", keys.pattern(), "COUNT", max(1, size)))
         )
+        servers.check_topology(connection, current)
         ids = tuple(choose(connection, _contexts(keys, scanned[1]), int(time[0]) * _MICROSECONDS + int(time[1])))
     except BaseException:
         pool.discard(connection)
         raise
     pool.release(connection)
     if scanned[0] != b"0":
-        return Page(ids, f"{first}:{connection.run_id.decode()}:{int(scanned[0])}")
-    return Page(ids, f"{primaries[1][0]}::0" if len(primaries) > 1 else None)
+        return Page(ids, f"{first}:{connection.run_id.decode()}:{int(scanned[0])}:{current}")
+    return Page(ids, f"{primaries[1][0]}::0:{current}" if len(primaries) > 1 else None)
 
 
-def _parsed(cursor: str) -> tuple[int, bytes, int]:
+def _parsed(cursor: str) -> tuple[int, bytes, int, int]:
     if not cursor:
-        return 0, b"", 0
-    slot, run_id, position = cursor.split(":")
-    return int(slot), run_id.encode(), int(position)
+        return 0, b"", 0, 0
+    slot, run_id, position, topology = cursor.split(":")
+    return int(slot), run_id.encode(), int(position), int(topology)
 
 
 def _contexts(keys: KeySpace, found: Iterable[bytes]) -> dict[str, bytes]:

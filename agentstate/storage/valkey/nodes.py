@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import Any, Final
+from zlib import crc32
 
 from ...errors import StateConfigError
 from ..tally import Tally
@@ -51,6 +52,7 @@ class Servers:
         self._pools: dict[Address, Pool] = {}
         self._lock = threading.Lock()
         self._slots: list[Address] = []  # of a cluster: which primary has which slot; empty where that is not known
+        self._topology = 0  # a checksum of that
         self._sentinels = list(target.addresses)  # the one that answered last comes first
         self._primary: Address | None = None  # that the sentinels named last
         self._next_check = 0.0  # when they are asked again
@@ -92,14 +94,31 @@ class Servers:
 
         return key_slot(key)
 
-    def primaries(self, deadline: float) -> list[tuple[int, Pool]]:
-        """All servers that have keys, in the order of the first slot that each has, which is given too."""
+    def primaries(self, deadline: float) -> tuple[int, list[tuple[int, Pool]]]:
+        """All servers that have keys, each behind the first slot that it has, in that order.
+
+        Before them a checksum of which server has which slot; 0 if this is not a cluster.
+        """
         if not self.is_cluster:
-            return [(0, self._single)]
+            return 0, [(0, self.pool(0, deadline))]
         firsts: dict[Address, int] = {}
-        for slot, address in enumerate(self._slots or self._read_slots(deadline)):
+        slots = self._slots or self._read_slots(deadline)
+        for slot, address in enumerate(slots):
             firsts.setdefault(address, slot)
-        return [(slot, self.pool_at(address)) for address, slot in firsts.items()]
+        return self._topology, [(slot, self.pool_at(address)) for address, slot in firsts.items()]
+
+    def check_topology(self, connection: Connection, checksum: int) -> None:
+        """Raise ServerError if this server does not have the slots that `primaries` found, or is moving some away."""
+        if not self.is_cluster:
+            return
+        rows, nodes = connection.ask(command("CLUSTER", "SLOTS"), command("CLUSTER", "NODES"))
+        for reply in (rows, nodes):
+            if isinstance(reply, ServerError):
+                raise reply
+        if _checksum(rows) != checksum:
+            raise ServerError("CLUSTERDOWN the slots of the cluster have moved")
+        if b"->-" in nodes:  # shown of the slots of the server that is asked only
+            raise ServerError("TRYAGAIN slots of the cluster are being moved; list again when that is done")
 
     def pool_at(self, address: Address) -> Pool:
         """The pool of a server of the cluster."""
@@ -242,6 +261,7 @@ class Servers:
             if len(slots) < SLOTS:
                 problem = ServerError("CLUSTERDOWN not all hash slots are covered")
                 continue
+            self._topology = _checksum(reply)
             self._slots = slots
             return slots
         raise problem
@@ -284,6 +304,11 @@ def _authentication(username: str | None, password: str | None) -> list[bytes]:
     if password is None:
         return []
     return [command("AUTH", *([] if username is None else [username]), password)]
+
+
+def _checksum(reply: Any) -> int:
+    """Of an answer to CLUSTER SLOTS; the same whichever server is asked."""
+    return crc32(repr(sorted((first, last, *primary[:2]) for first, last, primary, *_ in reply)).encode())
 
 
 def _slots(reply: Any, asked: Address) -> list[Address]:
