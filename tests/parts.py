@@ -41,6 +41,7 @@ PARTS: Final = {
         "test_transfer",
         "test_valkey_faults.py",
         "test_valkey_model.py",
+        "test_valkey_recovery.py",
         "test_valkey_topology.py",
     ),
     "commands": ("test_cli",),

@@ -82,17 +82,17 @@ def _look_at_server(pool: Any, storage: Any, options: dict[str, Any], deadline: 
     yield from _transport(str(options.get("url", "")))
     connection = pool.acquire(deadline)
     try:
-        dangers = risks(connection, expiring=storage.ttl is not None)
+        dangers, unknown = risks(connection, expiring=storage.ttl is not None)
     except BaseException:
         pool.discard(connection)
         raise
     pool.release(connection)
     for danger in dangers:
         yield problem("durability", danger, "`strict: true` refuses such a server")
-    if not dangers:
-        yield ok(
-            "durability", "the server does not evict conversations and, as far as it reports, stores its data on disk"
-        )
+    for what in unknown:
+        yield warning("durability", f"unknown: {what.partition(';')[0]}", what.partition("; ")[2])
+    if not dangers and not unknown:
+        yield ok("durability", "the server does not evict conversations, and stores its data on disk")
     yield from _replicas(replication, storage, options)
     yield from _memory(memory)
     yield from _keys(pool, storage.key_prefix, deadline)

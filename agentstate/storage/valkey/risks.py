@@ -5,22 +5,28 @@ from __future__ import annotations
 from .wire import Connection, command
 
 
-def risks(connection: Connection, *, expiring: bool) -> list[str]:
-    """What this server may lose because of its configuration, in words for its operator.
+def risks(connection: Connection, *, expiring: bool) -> tuple[list[str], list[str]]:
+    """What this server may lose because of its configuration, and what of this could not be found out, in words for its
+    operator.
 
-    `expiring`: whether our keys have a time to live. Where CONFIG is forbidden, INFO tells what it can.
+    `expiring`: whether our keys have a time to live.
     """
     memory, persistence, save = connection.ask(
         command("INFO", "memory"), command("INFO", "persistence"), command("CONFIG", "GET", "save")
     )
-    found = []
+    found, unknown = [], []
     policy = info_field(memory, b"maxmemory_policy").decode()
     if policy.startswith("allkeys-") or (policy.startswith("volatile-") and expiring):
         found.append(f"maxmemory-policy {policy} deletes conversations when memory runs out; set it to noeviction")
-    snapshots = save[1] if isinstance(save, list) and len(save) == 2 else b"unknown"
-    if info_field(persistence, b"aof_enabled") == b"0" and not snapshots:
+    elif not policy:
+        unknown.append("whether it evicts keys cannot be seen; grant +info with ACL SETUSER")
+    snapshots = save[1] if isinstance(save, list) and len(save) == 2 else None
+    appends = info_field(persistence, b"aof_enabled")
+    if appends == b"0" and snapshots == b"":
         found.append("without append-only file and snapshots a restart loses everything; set appendonly to yes")
-    return found
+    elif appends != b"1" and not snapshots:
+        unknown.append("whether it persists its data cannot be seen; grant +info and +config|get with ACL SETUSER")
+    return found, unknown
 
 
 def info_field(info: object, name: bytes) -> bytes:

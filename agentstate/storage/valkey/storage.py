@@ -160,9 +160,11 @@ class ValkeyStorage(StateStorage):
         loaded = connection.ask(self._layout.load_script)[0]
         if isinstance(loaded, ServerError):
             raise loaded
-        for risk in risks(connection, expiring=self.ttl is not None):
-            if self._strict:
-                raise StateConfigError(f"Valkey at {address} may lose what it acknowledged (strict): {risk}")
+        found, unknown = risks(connection, expiring=self.ttl is not None)
+        if self._strict and (found or unknown):
+            problems = "; ".join(found + unknown)
+            raise StateConfigError(f"Valkey at {address} may lose what it acknowledged (strict): {problems}")
+        for risk in found:
             warning = f"Valkey at {address} may lose what it acknowledged: {risk}"
             if warning not in self._warnings:
                 self._warnings.add(warning)
