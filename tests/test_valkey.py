@@ -244,6 +244,21 @@ class TestTimeToLive:
         assert commit(storage, "a", Append((HI,)), commit_id="one") == b""
         assert state(storage, "a") is None
 
+    def test_answers_do_not_outlive_an_expired_context(
+        self, open_storage: Open, client: valkey.Valkey, key_prefix: str
+    ) -> None:
+        storage = open_storage(ttl=0.05)
+        commit(storage, "a", put("n", b"41"), Increment("n", b"1"), commit_id="sum")
+        commit(storage, "a", Drop(Space.VARIABLES, "n"), commit_id="drop")
+        time.sleep(0.1)
+        for _ in range(2):
+            with pytest.raises(StateConflictError, match="already applied"):
+                commit(storage, "a", Increment("n", b"1"), commit_id="sum")
+            assert commit(storage, "a", Drop(Space.VARIABLES, "n"), commit_id="drop") == b"true"
+            commit(open_storage(), "a", Append((HI,)))  # there is one of that id again
+        remembered: Any = client.lrange(f"{key_prefix}{{{key_prefix}a}}:commits", 0, -1)
+        assert not [item for item in remembered if item.endswith(b"\n42")]
+
     def test_a_storage_without_ttl_lets_a_context_live_for_ever(
         self, open_storage: Open, client: valkey.Valkey, key_prefix: str
     ) -> None:

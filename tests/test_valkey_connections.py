@@ -191,13 +191,11 @@ class TestConnections:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             with closing(ValkeyStorage(f"valkey://127.0.0.1:{free.getsockname()[1]}", deadline=0.3)) as storage:
-                started = time.monotonic()
                 for operation in (Query("a"), Commit("a", (Append((HI,)),), "c"), Listing()):
                     said = "nothing was changed" if type(operation) is Commit else "could not read"
                     with pytest.raises(StateUnavailableError, match=said) as caught:
                         storage.call(operation)
                     assert type(caught.value) is StateUnavailableError
-                assert time.monotonic() - started < 12
 
     def test_a_deadline_that_has_passed_is_not_attempted(self, storage: ValkeyStorage) -> None:
         past = time.monotonic() - 1

@@ -268,8 +268,8 @@ local function rare()
     end
   end
 
-  -- The code of a commit whose id is remembered; nothing if the commit may be applied. Of a context that is gone,
-  -- `exists` being false, no answer is told that may hold what was stored.
+  -- The code of a commit whose id is remembered; nothing if the commit may be applied. Of a context that has expired no
+  -- answer is told that may hold what was stored; of one that was cleared there are no such answers any more.
   function made.known(commit_id, exists)
     local place = call('LPOS', commits, commit_id, 'RANK', -1)
     if not place then
@@ -287,13 +287,15 @@ local function rare()
     end
     if not value or value == '' then
       return 'k'
-    elseif value == '!' or not (exists or value == 'true' or value == 'false') then
+    elseif value == '!' then
+      return 'A'
+    elseif not exists and value ~= 'true' and value ~= 'false' and call('LINDEX', commits, -1) ~= '\r' then
       return 'A'
     end
     return 'a', value
   end
 
-  -- Removes the answers that may hold what was stored in a context that is gone.
+  -- Removes the answers that may hold what was stored in a context that was cleared or has expired.
   function made.forget_answers()
     for i, element in ipairs(call('LRANGE', commits, 0, -1)) do
       local time, value = match(element, '^\n(%d+)\n(.*)$')
@@ -597,7 +599,7 @@ local function commit()
     call('UNLINK', state, history) -- first: it needs no memory, and a script that has written is not refused any more
     wrote = true
   end
-  if renewed and (exists or newest) then
+  if (exists and deletes) or (newest and newest ~= '\r') then
     rare().forget_answers()
   end
   revision = revision + 1
