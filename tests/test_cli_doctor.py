@@ -282,6 +282,17 @@ def test_missing_replicas_are_a_problem(tmp_path: Path, valkey_9: ValkeyServer, 
     assert level(findings, "replicas") == {"problem"}
 
 
+def test_durability_that_cannot_be_seen_is_unknown(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
+    server = start_valkey("appendonly no")
+    with valkey.Valkey.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "&*", "+@all", "-info", "-config|get")
+    url = f"valkey://limited:pw@{HOST}:{server.port}"
+    findings = examine(tmp_path, "--url", url, "--read-only")
+    assert level(findings, "durability") == {"warning"}
+    assert "unknown" in str(findings["durability"])
+    assert "+info" in str(findings["durability"])
+
+
 def test_a_replica_is_a_problem(tmp_path: Path, start_valkey: Callable[..., ValkeyServer]) -> None:
     primary = start_valkey()
     replica = start_valkey(f"replicaof {HOST} {primary.port}")

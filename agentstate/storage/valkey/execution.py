@@ -40,7 +40,7 @@ from .reads import (
 )
 from .script import ATTEMPT, MICROSECONDS, Conversion, OnContext, Summed
 from .url import Address
-from .wire import Connection, LostConnectionError, ServerError, command
+from .wire import Connection, LostConnectionError, NoTimeLeftError, ServerError, command
 
 _AGAIN: Final[Any] = object()
 """Stands for the outcome of an operation that has to be sent again."""
@@ -90,7 +90,8 @@ class Execution:
     def _in_time(self, todo: list[int], now: float, needed: float) -> tuple[float, list[int]]:
         """When an attempt must end, and the operations that there is time for; the others are settled."""
         problem, self._problem = self._problem, None
-        self._last = problem or self._last
+        if problem is not None and not (isinstance(problem, NoTimeLeftError) and self._last is not None):
+            self._last = problem
         if problem is None:
             needed = 0.0
         end = now + ATTEMPT

@@ -42,7 +42,8 @@ class ValkeyStorage(StateStorage):
       context exactly as AgentUp writes it, for running side by side with AgentUp
     - `max_connections`: the maximum number of connections to each server
     - `min_replicas`: the number of replicas that must confirm a write before it returns
-    - `strict`: refuse a server that may evict keys or does not persist its data; the default is to log a warning
+    - `strict`: refuse a server that may evict keys or does not persist its data, or that does not let this user see it;
+      the default is to log a warning of what is seen
     - `username`, `password`, `db`, `client_name`, `socket_keepalive`, `sentinel_username`, `sentinel_password`, and
       `ssl_...` as in valkey-py; the options in the url mean the same
 
