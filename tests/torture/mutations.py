@@ -123,7 +123,7 @@ MUTATIONS: Final = {
     ),
     "an unknown outcome is called not done": Mutation(
         "storage/valkey/execution.py",
-        "        if index in self._unknown:\n            return self._outcome_unknown(index, problem)\n",
+        "        if index in self._unknown:\n            return self._outcome_unknown(index, error)\n",
         "",
         "cuts",
         300,

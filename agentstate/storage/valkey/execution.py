@@ -411,8 +411,6 @@ class Execution:
 
     def _timed_out(self, index: int) -> StateError:
         problem = self._last
-        if index in self._unknown:
-            return self._outcome_unknown(index, problem)
         if problem is not None:
             return self._failure(index, problem)
         return StateTimeoutError(
