@@ -122,7 +122,7 @@ def test_a_stuck_context_does_not_hold_up_the_others() -> None:
     time.sleep(0.02)
     for number in range(30):
         submit(storage, (append(f"c{number}", 0),), done.of("other"))
-    eventually(lambda: len(done) == 30)
+    eventually(lambda: engine_of(storage).look_after() and len(done) == 30)  # as whoever waits does
     assert {name for name, _ in done.outcomes} == {"other"}
     storage.freed.set()
     eventually(lambda: len(done) == 31)
@@ -366,7 +366,7 @@ def test_listings_do_not_wait_for_one_another() -> None:
     done = Collected()
     for number in range(2):
         submit(storage, (Listing(),), done.of("listing"))
-        eventually(lambda number=number: len(storage.calls) > number)  # type: ignore[misc]
+        eventually(lambda number=number: engine_of(storage).look_after() and len(storage.calls) > number)  # type: ignore[misc]
     storage.gate.set()
     eventually(lambda: len(done) == 2)
 

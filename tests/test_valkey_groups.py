@@ -74,7 +74,10 @@ def test_a_child_that_is_forked_meanwhile_leaves_them_alone(paused: tuple[Valkey
     told: list[Any] = []
     for number in range(2):
         submit(storage, f"c{number}", told.append)
-        wait_until(lambda expected=number + 1: used(storage) == expected, "a group of its own in flight")  # type: ignore[misc]
+        wait_until(
+            lambda expected=number + 1: engine_of(storage).look_after() and used(storage) == expected,  # type: ignore[misc]
+            "a group of its own in flight",
+        )
     before = len(os.listdir("/dev/fd"))
     child = os.fork()
     if child == 0:

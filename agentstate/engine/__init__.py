@@ -28,9 +28,12 @@ What a worker thread does:
 |-------------------------|----------------------------------------------------------------------------------------|
 | nothing                 | it waits for a request; after `IDLE_SECONDS`, or when the storage is closed, it ends   |
 | a request for a lane    | it takes the ready jobs of the lane, and those behind them, as a group                 |
-| left some behind        | (a group has at most `largest_group`) it requests another worker for the lane          |
 | a group                 | it calls `execute`; each job is delivered as soon as its last operation is settled     |
 | finished a group        | it takes the next one of the lane; if none is ready, it has nothing                    |
+
+One worker serves a lane as long as its groups are quick: two would wait for the interpreter in turn. Whoever has waited
+for `PATIENCE` (a blocked thread, a timer of the event loop) calls `Engine.look_after`, and a lane whose group takes
+longer than that gets another worker.
 
 A blocking call whose context is idle and whose lane is not full runs in the thread of the caller: no worker takes part.
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StateOutcomeUnknownError
-from .queue import Engine, Job
+from .queue import PATIENCE, Engine, Job
 
 if TYPE_CHECKING:
     from ..operations import Operation
@@ -43,6 +43,18 @@ class _Mailbox:
         self._loop = weakref.ref(loop)
         self._jobs: deque[Awaited] = deque()
         self._woken = False  # the loop was asked to look, and has not looked yet
+        self._awaited: set[Engine] = set()  # with jobs of this loop, perhaps
+
+    def expect(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        """A job for this mailbox is in the queue: while that is so, see that it is not kept waiting by others."""
+        if not self._awaited:
+            loop.call_later(PATIENCE, self._look_after, loop)
+        self._awaited.add(engine)
+
+    def _look_after(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._awaited = {engine for engine in self._awaited if engine.look_after()}
+        if self._awaited:
+            loop.call_later(PATIENCE, self._look_after, loop)
 
     def put(self, job: Awaited) -> None:
         """Called by worker threads."""
@@ -82,6 +94,7 @@ def awaited(engine: Engine, operations: Sequence[Operation]) -> Awaited:
     loop = asyncio.get_running_loop()
     mailbox = _mailboxes.get(loop) or _mailboxes.setdefault(loop, _Mailbox(loop))
     job = Awaited(operations, mailbox, loop.create_future())
+    mailbox.expect(engine, loop)
     try:
         engine.submit(job)
     except BaseException:  # of a signal handler

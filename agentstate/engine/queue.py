@@ -8,7 +8,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from queue import Empty, SimpleQueue
-from time import monotonic_ns
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import StateConflictError, StateError, StateUnavailableError
@@ -22,6 +22,9 @@ Outcomes: TypeAlias = list[Outcome | StateError]
 
 IDLE_SECONDS: Final = 10.0
 """A worker thread with nothing to do for so long ends."""
+
+PATIENCE: Final = 0.01
+"""Seconds. Whoever has waited so long looks whether a group takes longer, and lets another worker serve its lane."""
 
 _BUSY: Final[Any] = object()
 """Returned instead of an outcome where a call has to be queued."""
@@ -79,6 +82,10 @@ class _Lane:
         self.ready: deque[Job] = deque()  # that stand for contexts with nothing running, or did (see `withdraw`)
         self.running: set[object] = set()  # groups, and calls in their callers' threads
         self.requested = False  # a worker was asked for, and has not come yet
+
+    def groups(self) -> list[_Group]:
+        """Those that are running."""
+        return [each for each in self.running if isinstance(each, _Group)]
 
 
 class Engine:
@@ -180,7 +187,8 @@ class Engine:
         try:
             for job in jobs:
                 self.submit(job)
-            finished.acquire()
+            while not finished.acquire(timeout=PATIENCE):
+                self.look_after()
         except BaseException:  # KeyboardInterrupt, or what a signal handler raised: what has not begun need not
             for job in jobs:
                 self.withdraw(job)
@@ -223,6 +231,15 @@ class Engine:
                 return True
             return False
 
+    def look_after(self) -> bool:
+        """Let another worker serve each lane in which a group takes longer than `PATIENCE`. False: there is no job."""
+        with self._lock:
+            long_ago = monotonic() - PATIENCE
+            for lane in self._lanes.values():
+                if any(group.began < long_ago for group in lane.groups()):
+                    self._request_one_more(lane)
+            return bool(self._contexts)
+
     def wait_until_empty(self, timeout: float) -> bool:
         """Wait until nothing is waiting or running. False if that took longer than `timeout` seconds."""
         with self._lock:
@@ -258,7 +275,11 @@ class Engine:
     # --- the following are called with the lock held ---
 
     def _request(self, lane: _Lane) -> None:
-        """See to it that a worker serves the lane, if anything waits there and it may have one more."""
+        """See to it that a worker serves the lane if anything waits there. One that does so already goes on with it."""
+        if not lane.groups():
+            self._request_one_more(lane)
+
+    def _request_one_more(self, lane: _Lane) -> None:
         if lane.ready and not lane.requested and len(lane.running) < self.storage.concurrency:
             self._requests.put(lane)
             # Last: if a signal handler raises before, there is a request too many, but no job that nobody comes for.
@@ -359,15 +380,15 @@ class _Group:
 
     def __init__(self, engine: Engine, lane: _Lane, thread: threading.Thread) -> None:
         self.thread = thread
+        self.began = monotonic()
         self._engine = engine
         self._lane = lane
-        self._oldest: list[Job] = []  # those that stand for their contexts
+        self._taking: Job | None = None  # the last one that was taken, or is being taken
         self._jobs: list[Job] = []
         self._operations: list[Operation] = []
         self._outcomes: list[Any] = []
         self._owners: list[Job] = []  # whose each operation is
         self._unsettled = 0
-        self._began = 0
 
     def run(self) -> bool:
         """Take what is ready and carry it out. Leaves no job of it open, whatever happens. False: nothing was ready."""
@@ -392,7 +413,7 @@ class _Group:
         self._outcomes[index] = outcome
         self._unsettled -= 1
         if not self._unsettled:  # counted before the last job is delivered: then everybody finds it counted
-            self._engine.storage.tally.note(self._operations, self._outcomes, monotonic_ns() - self._began)
+            self._engine.storage.tally.note(self._operations, self._outcomes, int((monotonic() - self.began) * 1e9))
         job = self._owners[index]
         job.left -= 1
         if not job.left:
@@ -409,18 +430,13 @@ class _Group:
         while lane.ready and len(jobs) < most:
             oldest = lane.ready[0]
             if engine._contexts.get(oldest.key) is oldest and not oldest.running:  # else it was withdrawn
-                self._oldest.append(oldest)
-                behind = oldest.behind
-                if behind:
-                    some = behind[: most - len(jobs)]
-                    jobs += (oldest, *some)
-                    oldest.running = 1 + len(some)
-                    del behind[: len(some)]
-                else:
-                    jobs.append(oldest)
-                    oldest.running = 1
+                self._taking = oldest
+                behind = oldest.behind or []
+                some = (oldest, *behind[: most - len(jobs) - 1])
+                oldest.running = len(some)
+                jobs += some
+                oldest.behind = behind[len(some) - 1 :]
             lane.ready.popleft()
-        engine._request(lane)
 
     def _execute(self) -> None:
         storage = self._engine.storage
@@ -449,7 +465,6 @@ class _Group:
             for first, job in enumerate(self._jobs):
                 job.first = first
         self._unsettled = len(self._operations)
-        self._began = monotonic_ns()
         self._outcomes = [PENDING] * len(self._operations)
 
     def _finish(self, job: Job) -> None:
@@ -476,6 +491,9 @@ class _Group:
         engine = self._engine
         mine = set(self._jobs)
         with engine._lock:
+            if self._taking is not None and self._taking not in mine:
+                self._taking.running = 0
+                self._lane.ready.append(self._taking)
             self._count_anew(mine)
         try:
             if len(self._outcomes) < len(mine):
@@ -483,7 +501,7 @@ class _Group:
             self._abandon(failure)
         finally:
             with engine._lock:
-                for oldest in self._oldest:
+                for oldest in mine:
                     if oldest.running and engine._contexts.get(oldest.key) is oldest:
                         engine._end_of_run(oldest)
             for job in self._jobs:
@@ -494,7 +512,7 @@ class _Group:
     def _count_anew(self, mine: set[Job]) -> None:
         """Make what the queue knows of the group's contexts agree with its jobs. With the lock held."""
         left = Counter(job.key for job in mine if not job.done)
-        for oldest in self._oldest:
+        for oldest in mine:
             if self._engine._contexts.get(oldest.key) is oldest:
                 oldest.running = left[oldest.key]
                 oldest.behind = [job for job in oldest.behind or () if job not in mine]
