@@ -49,6 +49,7 @@ def everywhere(*modules: ModuleType) -> Iterator[Callable[[Callable[[], object]]
                 nonlocal passed
                 if frame.f_code.co_filename not in files or passed >= number:
                     return None
+                frame.f_trace = trace  # first: Python 3.13 takes the next line from frames that are traced only
                 frame.f_trace_lines, frame.f_trace_opcodes = False, True
                 if event == "opcode" and frame.f_lasti in _places(frame.f_code):
                     passed += 1
