@@ -108,7 +108,7 @@ def chosen(listing: Listing, read: ReadDocument) -> Choose:
             details: Listed | None = None
             if not isinstance(row, ServerError):
                 if row[0] == context_id.encode():  # or else it is of a longer prefix
-                    details = Listed(row[1].decode() or None, int(row[2]))
+                    details = Listed(row[1].decode(errors="replace") or None, int(row[2]))
             elif row.code != "WRONGTYPE":
                 raise row
             elif isinstance(documents[context_id], bytes):

@@ -101,6 +101,13 @@ def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None, f
     every context has and of the keys it names. `first`: the position of the first message; None where they are the
     last ones.
     """
+    try:
+        return _snapshot(query, fields, messages, first)
+    except ValueError as error:  # no text, or no number
+        raise torn_hash(query.context_id) from error
+
+
+def _snapshot(query: Query, fields: list[Any], messages: list[bytes] | None, first: int | None) -> Any:
     variables: dict[str, bytes] = {}
     metadata: dict[str, bytes] = {}
     if reads_everything(query):
@@ -123,7 +130,7 @@ def snapshot_of(query: Query, fields: list[Any], messages: list[bytes] | None, f
         if query.metadata:
             metadata = _present(query.metadata, fields[-len(query.metadata) :])
     context_id, version, user, created, updated, revision, start, end, expires = base
-    if context_id is not None and context_id.decode() != query.context_id:
+    if context_id is not None and context_id != query.context_id.encode():
         raise foreign(context_id, query.context_id)
     if version not in (None, FORMAT):
         raise newer_format(version, query.context_id)
@@ -170,7 +177,8 @@ def torn_history(context_id: str) -> StateCorruptedError:
 
 def torn_hash(context_id: str) -> StateCorruptedError:
     return StateCorruptedError(
-        f"the hash of {context_id!r} lacks fields that every context has; left as it is", context_id=context_id
+        f"the hash of {context_id!r} lacks fields that every context has, or holds values that none has; left as it is",
+        context_id=context_id,
     )
 
 
