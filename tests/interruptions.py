@@ -67,11 +67,12 @@ def everywhere(*modules: ModuleType) -> Iterator[Callable[[Callable[[], object]]
             passed = 0
             before = signal.signal(signal.SIGINT, handler)
             sys._getframe().f_trace_opcodes = True  # before: Python 3.12 and 3.13 look only once who wants such events
+            tracing = sys.gettrace()  # coverage
             sys.settrace(trace)
             try:
                 yield
             finally:
-                sys.settrace(None)
+                sys.settrace(tracing)
                 waiting = False
                 signal.signal(signal.SIGINT, before)
 

@@ -63,11 +63,12 @@ def test_an_exception_at_any_line_of_a_worker_leaves_nobody_waiting(caplog: pyte
             return trace
 
         storage = Blocking(deadline=20.0)
+        tracing = threading.gettrace()  # coverage
         threading.settrace(trace)
         try:
             asyncio.run(_use(storage, lambda: raised_at))  # noqa: B023 - while it is this one
         finally:
-            threading.settrace(None)  # type: ignore[arg-type]
+            threading.settrace(tracing)  # type: ignore[arg-type]
         storage.close()
         caplog.clear()
     assert lines > 100
@@ -155,11 +156,12 @@ def test_a_signal_handler_that_calls_the_storage_never_waits_for_the_code_that_i
                     signal.raise_signal(signal.SIGUSR1)
             return trace
 
+        tracing = sys.gettrace()  # coverage
         sys.settrace(trace)
         try:
             context.set_variable("a", "k", lines)
         finally:
-            sys.settrace(None)
+            sys.settrace(tracing)
         assert context.get_variable("a", "k") == lines
     assert seen
     refused = [outcome for outcome in seen if isinstance(outcome, BaseException)]
